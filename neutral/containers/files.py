@@ -1,0 +1,244 @@
+"""Files as bytes: reading from any position, and replacing a file in one step or not at all.
+
+>>> import tempfile, pathlib
+>>> path = pathlib.Path(tempfile.mkdtemp()) / "x.bin"
+>>> with new_file(path) as out:
+...     _ = out.write(b"abc")
+>>> with SourceFile(path) as source:
+...     source.read(1, 2)
+b'bc'
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from neutral.errors import BadFile, Problem, Refused
+
+
+class SourceFile:
+    """A regular file, opened for reading at any position. Never mapped: a file that shrinks is an error, not SIGBUS."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._fd = -1
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise BadFile(Problem(str(path), f"a file that cannot be opened ({error.strerror})", "a readable file")) from None
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            os.close(fd)
+            what = "a folder" if stat.S_ISDIR(info.st_mode) else "a pipe or device"
+            raise BadFile(Problem(str(path), what, "a regular file"))
+        self._fd = fd
+        self.size = info.st_size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset` on."""
+        done = 0
+        while done < len(buffer):
+            got = os.preadv(self._fd, [buffer[done:]], offset + done)
+            if got == 0:
+                raise BadFile(Problem(str(self.path), f"the end of the file at byte {offset + done}", f"{len(buffer)} bytes from byte {offset} on", "the file is cut short, or changed while it was read"))
+            done += got
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes; checked against the file's size before anything is allocated."""
+        self._check(offset, length)
+        out = bytearray(length)
+        self.read_into(offset, memoryview(out))
+        return bytes(out)
+
+    def section(self, offset: int, length: int) -> Section:
+        """A part of the file as a `Storage`; must lie inside the file."""
+        self._check(offset, length)
+        return Section(self, offset, length)
+
+    def _check(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise BadFile(Problem(str(self.path), f"a part of {length} bytes at byte {offset}", f"one inside its {self.size} bytes", "the file is cut short or forged"))
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a file as a `Storage`."""
+
+    file: SourceFile
+    offset: int
+    nbytes: int
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        if offset < 0 or offset + len(buffer) > self.nbytes:
+            raise BadFile(Problem(str(self.file.path), f"{len(buffer)} bytes at byte {offset}", f"a part of {self.nbytes} bytes"))
+        self.file.read_into(self.offset + offset, buffer)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes in memory as a `Storage`."""
+
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        if offset < 0 or offset + len(buffer) > len(self.data):
+            raise BadFile(Problem("memory", f"{len(buffer)} bytes at byte {offset}", f"a part of {len(self.data)} bytes"))
+        buffer[:] = memoryview(self.data)[offset : offset + len(buffer)]
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Refuse an output that exists (unless `force`), is a folder where a file is to be, a link, or has no folder."""
+    if path.is_symlink():
+        raise Refused(Problem(str(path), "a link", "a plain file or nothing", "name the file itself"))
+    if path.exists() and not force:
+        raise Refused(Problem(str(path), "an output that exists", "nothing there yet", "choose another name or pass --force"))
+    if not path.parent.is_dir():
+        raise Refused(Problem(str(path), "no such folder", "an existing folder to write into", f"make {path.parent} first"))
+
+
+def refuse_same(output: Path, *inputs: Path) -> None:
+    """Refuse to write over what is being read."""
+    for source in inputs:
+        with contextlib.suppress(OSError):
+            if output.exists() and os.path.samefile(output, source):
+                raise Refused(Problem(str(output), "the input itself as the output", "another file", "choose another name"))
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike[str], force: bool = False) -> Iterator[BinaryIO]:
+    """A file to write that takes its name only when the block ends without an error; else nothing is left.
+
+    The bytes go to an unnamed file in the same folder (a hidden named one where the system has none), are synced,
+    and replace `path` in one step. Readable and seekable.
+    """
+    target = Path(path)
+    check_output(target, force)
+    if target.is_dir():
+        raise Refused(Problem(str(target), "a folder", "a file to write", "choose another name"))
+    folder = target.parent
+    hidden = folder / f".{target.name[:100]}.{os.urandom(6).hex()}.tmp"
+    named = False
+    try:
+        try:
+            fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        except (OSError, AttributeError) as error:
+            unsupported = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)
+            if isinstance(error, OSError) and error.errno not in unsupported:
+                raise
+            named = True
+            fd = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        try:
+            with open(fd, "w+b", buffering=0) as out:
+                yield _Whole(out)  # type: ignore[misc]
+                os.fsync(fd)
+                if not named:
+                    _link_unnamed(fd, hidden)
+                    named = True
+            os.replace(hidden, target)
+            named = False
+        finally:
+            if named:
+                hidden.unlink(missing_ok=True)
+        _sync_folder(folder)
+    except OSError as error:
+        raise Refused(Problem(str(target), f"{error.strerror or error}", "to write it", "nothing was left behind")) from error
+
+
+def _link_unnamed(fd: int, path: Path) -> None:
+    # Python follows the /proc link (AT_SYMLINK_FOLLOW) only when a folder descriptor is given.
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.link(f"/proc/self/fd/{fd}", path.name, dst_dir_fd=folder, follow_symlinks=True)
+    finally:
+        os.close(folder)
+
+
+class _Whole:
+    """A raw file whose `write` writes all it is given."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view):
+            done += self._raw.write(view[done:])
+        return done
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._raw, name)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str], force: bool = False) -> Iterator[Path]:
+    """A folder to fill that takes its name only when the block ends without an error; else nothing is left."""
+    target = Path(path)
+    check_output(target, force)
+    if target.exists() and not target.is_dir():
+        raise Refused(Problem(str(target), "a file", "a folder to write", "choose another name"))
+    hidden = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".tmp", dir=target.parent))
+    try:
+        os.chmod(hidden, 0o777 & ~_umask())
+        yield hidden
+        for file in sorted(p for p in hidden.rglob("*") if p.is_file()):
+            fd = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".old", dir=target.parent))
+            os.replace(target, old / "was")
+            os.replace(hidden, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(hidden, target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise Refused(Problem(str(target), f"{error.strerror or error}", "to write it", "nothing was left behind")) from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
