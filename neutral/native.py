@@ -36,7 +36,6 @@ Array = npt.NDArray[Any]
 Range = tuple[int, int]
 
 
-
 class Storage(Protocol):
     """Bytes that can be read from any position: a section of a file, or memory."""
 
@@ -378,6 +377,9 @@ class NativeLayer:
 class NativeModel:
     """A whole file or live object, as a reader sees it.
 
+    `graph` is how the layers are wired, where the file says it. `splits` tells which axes of which layers cross a
+    Flatten or Reshape, and with how many channels: {"fc1": {"in": 16}}; a dense layer or norm that is named there with
+    nothing ({"fc2": {}}) is known to cross none, one that is not named is undecided.
     `layers` is in the file's own order; `ordered` is true when that order is the order of computation (a graph, a
     Sequential) and not merely of definition. `collections` holds weight sets beside the one read (optimizer, EMA):
     name -> tensors. `metadata` is what the writer of the same format needs to give the file back as it was.
@@ -388,6 +390,7 @@ class NativeModel:
     format: str
     layers: tuple[NativeLayer, ...]
     graph: Graph | None = None
+    splits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     ordered: bool = False
     collections: Mapping[str, tuple[NativeTensor, ...]] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)

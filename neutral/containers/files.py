@@ -35,7 +35,9 @@ class SourceFile:
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            raise BadFile(Problem(str(path), f"a file that cannot be opened ({error.strerror})", "a readable file")) from None
+            raise BadFile(
+                Problem(str(path), f"a file that cannot be opened ({error.strerror})", "a readable file")
+            ) from None
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             os.close(fd)
@@ -47,7 +49,9 @@ class SourceFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -64,7 +68,14 @@ class SourceFile:
         while done < len(buffer):
             got = os.preadv(self._fd, [buffer[done:]], offset + done)
             if got == 0:
-                raise BadFile(Problem(str(self.path), f"the end of the file at byte {offset + done}", f"{len(buffer)} bytes from byte {offset} on", "the file is cut short, or changed while it was read"))
+                raise BadFile(
+                    Problem(
+                        str(self.path),
+                        f"the end of the file at byte {offset + done}",
+                        f"{len(buffer)} bytes from byte {offset} on",
+                        "the file is cut short, or changed while it was read",
+                    )
+                )
             done += got
 
     def read(self, offset: int, length: int) -> bytes:
@@ -81,7 +92,14 @@ class SourceFile:
 
     def _check(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:
-            raise BadFile(Problem(str(self.path), f"a part of {length} bytes at byte {offset}", f"one inside its {self.size} bytes", "the file is cut short or forged"))
+            raise BadFile(
+                Problem(
+                    str(self.path),
+                    f"a part of {length} bytes at byte {offset}",
+                    f"one inside its {self.size} bytes",
+                    "the file is cut short or forged",
+                )
+            )
 
 
 @dataclass(frozen=True)
@@ -94,7 +112,9 @@ class Section:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         if offset < 0 or offset + len(buffer) > self.nbytes:
-            raise BadFile(Problem(str(self.file.path), f"{len(buffer)} bytes at byte {offset}", f"a part of {self.nbytes} bytes"))
+            raise BadFile(
+                Problem(str(self.file.path), f"{len(buffer)} bytes at byte {offset}", f"a part of {self.nbytes} bytes")
+            )
         self.file.read_into(self.offset + offset, buffer)
 
 
@@ -110,7 +130,9 @@ class Memory:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         if offset < 0 or offset + len(buffer) > len(self.data):
-            raise BadFile(Problem("memory", f"{len(buffer)} bytes at byte {offset}", f"a part of {len(self.data)} bytes"))
+            raise BadFile(
+                Problem("memory", f"{len(buffer)} bytes at byte {offset}", f"a part of {len(self.data)} bytes")
+            )
         buffer[:] = memoryview(self.data)[offset : offset + len(buffer)]
 
 
@@ -119,9 +141,13 @@ def check_output(path: Path, force: bool) -> None:
     if path.is_symlink():
         raise Refused(Problem(str(path), "a link", "a plain file or nothing", "name the file itself"))
     if path.exists() and not force:
-        raise Refused(Problem(str(path), "an output that exists", "nothing there yet", "choose another name or pass --force"))
+        raise Refused(
+            Problem(str(path), "an output that exists", "nothing there yet", "choose another name or pass --force")
+        )
     if not path.parent.is_dir():
-        raise Refused(Problem(str(path), "no such folder", "an existing folder to write into", f"make {path.parent} first"))
+        raise Refused(
+            Problem(str(path), "no such folder", "an existing folder to write into", f"make {path.parent} first")
+        )
 
 
 def refuse_same(output: Path, *inputs: Path) -> None:
@@ -129,7 +155,9 @@ def refuse_same(output: Path, *inputs: Path) -> None:
     for source in inputs:
         with contextlib.suppress(OSError):
             if output.exists() and os.path.samefile(output, source):
-                raise Refused(Problem(str(output), "the input itself as the output", "another file", "choose another name"))
+                raise Refused(
+                    Problem(str(output), "the input itself as the output", "another file", "choose another name")
+                )
 
 
 @contextlib.contextmanager
@@ -169,7 +197,9 @@ def new_file(path: str | os.PathLike[str], force: bool = False) -> Iterator[Bina
                 hidden.unlink(missing_ok=True)
         _sync_folder(folder)
     except OSError as error:
-        raise Refused(Problem(str(target), f"{error.strerror or error}", "to write it", "nothing was left behind")) from error
+        raise Refused(
+            Problem(str(target), f"{error.strerror or error}", "to write it", "nothing was left behind")
+        ) from error
 
 
 def _link_unnamed(fd: int, path: Path) -> None:
@@ -224,7 +254,9 @@ def new_folder(path: str | os.PathLike[str], force: bool = False) -> Iterator[Pa
             os.replace(hidden, target)
         _sync_folder(target.parent)
     except OSError as error:
-        raise Refused(Problem(str(target), f"{error.strerror or error}", "to write it", "nothing was left behind")) from error
+        raise Refused(
+            Problem(str(target), f"{error.strerror or error}", "to write it", "nothing was left behind")
+        ) from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
 

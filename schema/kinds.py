@@ -1,0 +1,310 @@
+"""The layer kinds: their parameters with canonical axes, their attributes.
+
+>>> KINDS["dense"].parameters_of["kernel"].axes
+('out', 'in')
+>>> KINDS["lstm"].parameters_of["input_kernel"].axes
+('gate', 'unit', 'in')
+
+A kind is one pydantic class. Its fields beside those of `Layer` are the attributes; None means that the source did not
+say. `...` stands for the spatial axes. An axis of PARTS may be recorded in finer axes: `in` of a dense kernel that
+follows a Flatten as `channel position`, `out` of an attention kernel as `head dim`. Labels name the blocks of an axis.
+A layer of two directions has the axis `direction` in front of all others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from neutral.schema.base import Strict
+
+Evidence = Literal["class", "graph", "hint", "name", "none"]
+Pairs = tuple[tuple[int, int], ...]
+Padding = Pairs | Literal["same", "same_lower", "causal"]
+"""Explicit (before, after) per spatial axis; `same` where they depend on the input's size (the rule of TensorFlow)."""
+Ints = tuple[int, ...]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+LABELS: dict[str, tuple[str, ...]] = {
+    "direction": ("forward", "backward"),
+    "side": ("input", "recurrent"),
+}
+"""Blocks of axes that mean the same in every kind. Gates are named per kind."""
+
+
+class Parameter(Strict):
+    """One tensor of a layer: its axes with labelled blocks, shape, dtype, digest, and what its source called it.
+
+    `native` lists the tensors of the source that it was made of, in order. `tied_to` names the parameter
+    (`<layer>/<role>`) that holds its elements if the source shares them. A `state` parameter is no weight.
+    """
+
+    axes: tuple[str, ...]
+    labels: dict[str, tuple[str, ...]] = {}
+    shape: tuple[Annotated[int, Field(ge=0)], ...]
+    dtype: str
+    sha256: Sha256
+    native: tuple[str, ...] = ()
+    tied_to: str | None = None
+    state: bool = False
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a kind expects of one of its parameters."""
+
+    axes: tuple[str, ...]
+    labels: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    required: bool = False
+
+
+class Layer(Strict):
+    """What every layer has.
+
+    `native` is the source's class name. `part` says which computation of a native layer this one is, where the
+    source packs several in one (level `2` of a stacked LSTM, the `depthwise` half of a separable convolution).
+    `undecided` lists axes whose order is that of the source because nobody said whether they cross a Flatten.
+    """
+
+    parameters_of: ClassVar[dict[str, Role]] = {}
+
+    path: str
+    native: str | None = None
+    native_path: str | None = None
+    part: str | None = None
+    evidence: Evidence = "none"
+    parameters: dict[str, Parameter] = {}
+    undecided: tuple[str, ...] = ()
+
+
+class Reparametrized(Layer):
+    """A layer whose kernel may be stored as a magnitude and a direction, or with singular vectors."""
+
+    reparametrization: Literal["weight_norm", "spectral_norm"] | None = None
+    reparametrization_axis: int | None = None
+
+
+_RAW_KERNEL = ("kernel_magnitude", "kernel_direction", "kernel_raw", "kernel_u", "kernel_v")
+
+
+class Dense(Reparametrized):
+    """y = kernel · x + bias over the last axis."""
+
+    kind: Literal["dense"] = "dense"
+    activation: str | None = None
+    parameters_of = {"kernel": Role(("out", "in"), required=True), "bias": Role(("out",))}
+
+
+class _Windowed(Reparametrized):
+    strides: Ints | None = None
+    padding: Padding | None = None
+    dilation: Ints | None = None
+    groups: int | None = None
+    activation: str | None = None
+
+
+class Conv(_Windowed):
+    """Cross-correlation over one to three spatial axes. `in` counts the channels of one group."""
+
+    kind: Literal["conv"] = "conv"
+    padding_mode: str | None = None
+    parameters_of = {"kernel": Role(("out", "in", "..."), required=True), "bias": Role(("out",))}
+
+
+class Depthwise(_Windowed):
+    """A convolution with as many groups as channels: `out` is (channel multiplier), `in` is 1."""
+
+    kind: Literal["depthwise"] = "depthwise"
+    padding_mode: str | None = None
+    parameters_of = {"kernel": Role(("out", "in", "..."), required=True), "bias": Role(("out",))}
+
+
+class ConvTranspose(_Windowed):
+    """The gradient of a convolution. `padding` is what is cropped; `out` counts the channels of one group."""
+
+    kind: Literal["conv_transpose"] = "conv_transpose"
+    output_padding: Ints | None = None
+    parameters_of = {"kernel": Role(("in", "out", "..."), required=True), "bias": Role(("out",))}
+
+
+class Embedding(Layer):
+    """A table of rows, looked up by number."""
+
+    kind: Literal["embedding"] = "embedding"
+    padding_idx: int | None = None
+    parameters_of = {"embedding": Role(("token", "feature"), required=True)}
+
+
+class BatchNorm(Layer):
+    """`decay` is the share of the old statistics that one training step keeps (torch's 1 - momentum)."""
+
+    kind: Literal["batch_norm"] = "batch_norm"
+    eps: float | None = None
+    decay: float | None = None
+    axis: int | None = None
+    parameters_of = {
+        "scale": Role(("feature",)),
+        "bias": Role(("feature",)),
+        "mean": Role(("feature",)),
+        "variance": Role(("feature",)),
+    }
+
+
+class LayerNorm(Layer):
+    """Normalises over the axes of its scale (the last ones)."""
+
+    kind: Literal["layer_norm"] = "layer_norm"
+    eps: float | None = None
+    normalized_axes: int | None = None
+    parameters_of = {"scale": Role(("...",)), "bias": Role(("...",))}
+
+
+class GroupNorm(Layer):
+    kind: Literal["group_norm"] = "group_norm"
+    eps: float | None = None
+    groups: int | None = None
+    parameters_of = {"scale": Role(("feature",)), "bias": Role(("feature",))}
+
+
+class InstanceNorm(Layer):
+    kind: Literal["instance_norm"] = "instance_norm"
+    eps: float | None = None
+    decay: float | None = None
+    parameters_of = {
+        "scale": Role(("feature",)),
+        "bias": Role(("feature",)),
+        "mean": Role(("feature",)),
+        "variance": Role(("feature",)),
+    }
+
+
+class RMSNorm(Layer):
+    kind: Literal["rms_norm"] = "rms_norm"
+    eps: float | None = None
+    parameters_of = {"scale": Role(("...",), required=True)}
+
+
+class PReLU(Layer):
+    """`slope` has one element, one per channel, or one per element of the input (channels first)."""
+
+    kind: Literal["prelu"] = "prelu"
+    parameters_of = {"slope": Role(("feature", "..."), required=True)}
+
+
+class _Recurrent(Layer):
+    units: int | None = None
+    activation: str | None = None
+    go_backwards: bool | None = None
+    merge_mode: str | None = None
+
+
+def _recurrent(gates: tuple[str, ...]) -> dict[str, Role]:
+    gate = ("gate",) if gates else ()
+    labels = {"gate": gates} if gates else {}
+    return {
+        "input_kernel": Role((*gate, "unit", "in"), labels, required=True),
+        "recurrent_kernel": Role((*gate, "unit", "hidden"), labels, required=True),
+        "bias": Role(("side", *gate, "unit"), {**labels, "side": LABELS["side"]}),
+    }
+
+
+class SimpleRNN(_Recurrent):
+    """h' = activation(input_kernel · x + recurrent_kernel · h + both biases)."""
+
+    kind: Literal["simple_rnn"] = "simple_rnn"
+    bias_convention: Literal["one", "two", "none"] | None = None
+    parameters_of = _recurrent(())
+
+
+class LSTM(_Recurrent):
+    """Gates: input, forget, cell, output. A projected LSTM has `projection` (hidden size, unit)."""
+
+    kind: Literal["lstm"] = "lstm"
+    recurrent_activation: str | None = None
+    bias_convention: Literal["one", "two", "none"] | None = None
+    parameters_of = {**_recurrent(("input", "forget", "cell", "output")), "projection": Role(("hidden", "unit"))}
+
+
+class GRU(_Recurrent):
+    """Gates: reset, update, new. `reset_after`: the reset gate acts on the product with recurrent_kernel."""
+
+    kind: Literal["gru"] = "gru"
+    recurrent_activation: str | None = None
+    reset_after: bool | None = None
+    bias_convention: Literal["one", "two", "none"] | None = None
+    parameters_of = _recurrent(("reset", "update", "new"))
+
+
+def _projection(name: str) -> dict[str, Role]:
+    return {f"{name}_kernel": Role(("out", "in"), required=True), f"{name}_bias": Role(("out",))}
+
+
+class Attention(Layer):
+    """Multi-head attention. `out` of query, key and value is (head dim), `in` of the output kernel too."""
+
+    kind: Literal["attention"] = "attention"
+    heads: int | None = None
+    kv_heads: int | None = None
+    key_dim: int | None = None
+    parameters_of = {
+        **_projection("query"),
+        **_projection("key"),
+        **_projection("value"),
+        **_projection("output"),
+        "extra_key": Role(("feature",)),
+        "extra_value": Role(("feature",)),
+    }
+
+
+class EinsumDense(Layer):
+    """y = einsum(equation, x, kernel) + bias; the kernel's axes are the equation's letters, made ones first."""
+
+    kind: Literal["einsum_dense"] = "einsum_dense"
+    equation: str | None = None
+    activation: str | None = None
+    parameters_of = {"kernel": Role(("...",), required=True), "bias": Role(("...",))}
+
+
+class Bilinear(Layer):
+    kind: Literal["bilinear"] = "bilinear"
+    parameters_of = {"kernel": Role(("out", "in1", "in2"), required=True), "bias": Role(("out",))}
+
+
+class Unknown(Layer):
+    """Tensors whose layer is not known: kept in the source's own names and axes. `candidates` could be it."""
+
+    kind: Literal["unknown"] = "unknown"
+    candidates: tuple[str, ...] = ()
+
+
+AnyLayer = Annotated[
+    Dense
+    | Conv
+    | Depthwise
+    | ConvTranspose
+    | Embedding
+    | BatchNorm
+    | LayerNorm
+    | GroupNorm
+    | InstanceNorm
+    | RMSNorm
+    | PReLU
+    | SimpleRNN
+    | LSTM
+    | GRU
+    | Attention
+    | EinsumDense
+    | Bilinear
+    | Unknown,
+    Field(discriminator="kind"),
+]
+
+KINDS: dict[str, type[Layer]] = {
+    cls.model_fields["kind"].default: cls
+    for cls in (
+        Dense, Conv, Depthwise, ConvTranspose, Embedding, BatchNorm, LayerNorm, GroupNorm, InstanceNorm, RMSNorm,
+        PReLU, SimpleRNN, LSTM, GRU, Attention, EinsumDense, Bilinear, Unknown,
+    )
+}  # fmt: skip

@@ -1,0 +1,97 @@
+"""The manifest of an archive.
+
+>>> manifest = Manifest(source=Source(framework="torch", format="pt"), layers=(), weights_digest="0" * 64)
+>>> Manifest.from_json(manifest.to_json()) == manifest
+True
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from neutral.errors import BadFile, Problem
+from neutral.schema.base import Strict
+from neutral.schema.graph import Graph
+from neutral.schema.kinds import AnyLayer, Parameter, Sha256
+
+FORMAT_VERSION = "1.0"
+
+
+class Source(Strict):
+    """Where the weights came from. `settings` holds what the framework's own file needs to be written again."""
+
+    framework: str
+    format: str
+    sha256: Sha256 | None = None
+    key: str | None = None
+    order: tuple[str, ...] = ()
+    settings: dict[str, Any] = {}
+
+
+class Loss(Strict):
+    """A rule that lost something when it was applied: which, to what, and what was lost."""
+
+    rule: str
+    layer: str
+    detail: str
+
+
+class Manifest(Strict):
+    """All that an archive says beside its tensors. See the archive section of the README for the meaning of each field."""
+
+    format_version: Annotated[str, Field(pattern=r"^\d+\.\d+$")] = FORMAT_VERSION
+    source: Source
+    layers: tuple[AnyLayer, ...]
+    weights_digest: Sha256
+    graph: Graph | None = None
+    collections: dict[str, dict[str, Parameter]] = {}
+    losses: tuple[Loss, ...] = ()
+    notes: tuple[str, ...] = ()
+    created: str | None = None
+
+    @model_validator(mode="after")
+    def _each_name_once(self) -> Manifest:
+        paths = [layer.path for layer in self.layers]
+        twice = sorted({p for p in paths if paths.count(p) > 1}) if len(set(paths)) != len(paths) else []
+        if twice:
+            raise ValueError(f"two layers are named {twice[0]!r}")
+        return self
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no insignificant white space, absent fields left out."""
+        return json.dumps(
+            self.model_dump(mode="json", exclude_defaults=False, exclude_none=True),
+            sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False,
+        )  # fmt: skip
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = "manifest") -> Manifest:
+        """Validate JSON text; `BadFile` names each field that is wrong."""
+        try:
+            return cls.model_validate_json(text, strict=True)
+        except ValidationError as error:
+            raise BadFile(*_problems(where, error)) from None
+        except (ValueError, RecursionError):
+            raise BadFile(Problem(where, "text that is not JSON", "a manifest")) from None
+
+    def parameters(self) -> Iterable[tuple[str, Parameter]]:
+        """(`<layer>/<role>`, parameter) of every layer, in order."""
+        for layer in self.layers:
+            for role, parameter in layer.parameters.items():
+                yield f"{layer.path}/{role}", parameter
+
+
+def _problems(where: str, error: ValidationError) -> list[Problem]:
+    return [
+        Problem(f"{where}: {'.'.join(str(part) for part in detail['loc'])}", f"{detail['msg']}", "a valid manifest")
+        for detail in error.errors(include_url=False, include_input=False)[:5]
+    ]
+
+
+def json_schema() -> dict[str, Any]:
+    """The published JSON Schema, generated from the models."""
+    return Manifest.model_json_schema(mode="serialization")
