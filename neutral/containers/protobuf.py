@@ -1,0 +1,175 @@
+"""The protobuf wire format: fields in, fields out, nothing generated.
+
+>>> message = text(1, "ab") + number(2, 300)
+>>> [(field.number, bytes(field.data) or field.value) for field in fields(message, "example")]
+[(1, b'ab'), (2, 300)]
+
+A field is one of four wire types. What a number means is for the caller to know. No length is believed before it is
+compared with the bytes that are there, and nothing recurses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from neutral.containers.files import SourceFile
+from neutral.errors import BadFile, Problem
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+_LONGEST_VARINT = 10
+_EMPTY = memoryview(b"")
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One field: `value` of a varint or fixed field (unsigned), `data` of a length-delimited one.
+
+    `at` is where the payload begins, counted from the start of the message.
+    """
+
+    number: int
+    wire: int
+    at: int
+    value: int = 0
+    data: memoryview = _EMPTY
+
+    def integer(self, where: str) -> int:
+        """The value of a varint, as the int32, int64, bool or enum that protobuf writes (two's complement)."""
+        self._expect(VARINT, where)
+        return self.value - (1 << 64) if self.value >> 63 else self.value
+
+    def fixed32(self, where: str) -> int:
+        """The value of a fixed 32-bit field, unsigned."""
+        self._expect(FIXED32, where)
+        return self.value
+
+    def message(self, where: str) -> memoryview:
+        """The bytes of a nested message, or of a bytes field."""
+        self._expect(BYTES, where)
+        return self.data
+
+    def string(self, where: str) -> str:
+        """The text of a string field."""
+        return decoded(self.message(where), where)
+
+    def _expect(self, wire: int, where: str) -> None:
+        if self.wire != wire:
+            raise BadFile(Problem(where, f"field {self.number} with wire type {self.wire}", f"wire type {wire}"))
+
+
+def decoded(data: memoryview | bytes, where: str) -> str:
+    """UTF-8 text, or `BadFile`."""
+    try:
+        return bytes(data).decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadFile(Problem(where, "text that is not UTF-8", "UTF-8")) from None
+
+
+def read_varint(data: memoryview, at: int, where: str) -> tuple[int, int]:
+    """A varint of at most 64 bits at `at`, and the position after it."""
+    value = 0
+    for i in range(_LONGEST_VARINT):
+        if at + i >= len(data):
+            raise _short(where)
+        byte = data[at + i]
+        value |= (byte & 0x7F) << (7 * i)
+        if byte < 0x80:
+            if value >> 64:
+                break
+            return value, at + i + 1
+    raise BadFile(Problem(where, "a number of more than 64 bits", "a varint of at most 64 bits", "the file is damaged"))
+
+
+def fields(data: bytes | memoryview, where: str) -> Iterator[Field]:
+    """The fields of a message in the order they are stored."""
+    view = memoryview(data).cast("B")
+    at = 0
+    while at < len(view):
+        number, wire, value, at = _head(view, at, where)
+        if wire == BYTES:
+            if value > len(view) - at:
+                raise _short(where)
+            yield Field(number, wire, at, 0, view[at : at + value])
+            at += value
+        elif wire == VARINT:
+            yield Field(number, wire, at, value)
+        else:
+            size = _fixed_size(wire, where)
+            if size > len(view) - at:
+                raise _short(where)
+            yield Field(number, wire, at, int.from_bytes(view[at : at + size], "little"))
+            at += size
+
+
+def file_fields(file: SourceFile, start: int, stop: int, where: str) -> Iterator[tuple[int, int, int]]:
+    """The length-delimited fields of a message in a file, unread: (number, offset, length). Others are passed over."""
+    at = start
+    while at < stop:
+        head = memoryview(file.read(at, min(2 * _LONGEST_VARINT, stop - at)))
+        number, wire, value, used = _head(head, 0, where)
+        at += used
+        if wire == BYTES:
+            if value > stop - at:
+                raise _short(where)
+            yield number, at, value
+            at += value
+        elif wire != VARINT:
+            at += _fixed_size(wire, where)
+    if at > stop:
+        raise _short(where)
+
+
+def _head(view: memoryview, at: int, where: str) -> tuple[int, int, int, int]:
+    """Field number, wire type, the varint that follows the tag (0 if none does), and the position after both."""
+    tag, at = read_varint(view, at, where)
+    field_number, wire = tag >> 3, tag & 7
+    if not 0 < field_number < 1 << 29:
+        raise BadFile(Problem(where, f"field number {field_number}", "1 to 536870911", "the file is damaged"))
+    if wire in (VARINT, BYTES):
+        value, at = read_varint(view, at, where)
+        return field_number, wire, value, at
+    return field_number, wire, 0, at
+
+
+def _fixed_size(wire: int, where: str) -> int:
+    if wire == FIXED64:
+        return 8
+    if wire == FIXED32:
+        return 4
+    raise BadFile(Problem(where, f"wire type {wire}", "0, 1, 2 or 5", "the file is damaged"))
+
+
+def _short(where: str) -> BadFile:
+    return BadFile(Problem(where, "a field that runs past the end", "one inside the message", "the file is damaged"))
+
+
+def varint(value: int) -> bytes:
+    """An int of 64 bits; negative ones as two's complement, ten bytes."""
+    value &= (1 << 64) - 1
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def number(field: int, value: int) -> bytes:
+    """A varint field; nothing for 0, which proto3 leaves out."""
+    return varint(field << 3 | VARINT) + varint(value) if value else b""
+
+
+def fixed32(field: int, value: int) -> bytes:
+    """A fixed 32-bit field, written for 0 too."""
+    return varint(field << 3 | FIXED32) + value.to_bytes(4, "little")
+
+
+def message(field: int, data: bytes) -> bytes:
+    """A length-delimited field."""
+    return varint(field << 3 | BYTES) + varint(len(data)) + data
+
+
+def text(field: int, value: str) -> bytes:
+    """A string field."""
+    return message(field, value.encode("utf-8"))
