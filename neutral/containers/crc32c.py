@@ -12,6 +12,7 @@ XOR of one table entry per set bit.
 from __future__ import annotations
 
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,8 @@ _SCRATCH = 1 << 19
 # Four bytes that take the register from zero to all ones, where a CRC-32C starts.
 _START = b"\x54\x64\x1f\x64"
 _MASK = 0xA282EAD8
+
+_Unit = TypeVar("_Unit", np.uint64, np.uint8)
 
 
 class Crc32c:
@@ -58,7 +61,7 @@ class Crc32c:
         return int(np.bitwise_xor.reduce(table[bits], initial=0)) ^ 0xFFFFFFFF
 
 
-def _folded(units: npt.NDArray[np.uint64] | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64] | npt.NDArray[np.uint8]:
+def _folded(units: npt.NDArray[_Unit]) -> npt.NDArray[_Unit]:
     """The last `_HIGH` units, with all before them folded in; `units` is changed."""
     start, end = 0, len(units) - _HIGH
     while start < end:

@@ -89,6 +89,14 @@ Extents = tuple[Range, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class Slice:
+    """A rectangle of a partitioned tensor; `lengths` as stored, None on an axis that the file calls whole."""
+
+    box: Extents
+    lengths: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor of the index. `crc` is the masked CRC-32C; `crc_at` its place in the index file, None if absent.
 
@@ -102,7 +110,7 @@ class Entry:
     size: int
     crc: int
     crc_at: int | None
-    slices: tuple[Extents, ...]
+    slices: tuple[Slice, ...]
 
 
 @dataclass(frozen=True)
@@ -159,9 +167,7 @@ class Bundle:
         dtype = self._dtype(key, entry)
         if not entry.slices:
             return self._stored(key, entry, dtype)
-        parts = [
-            (box, self._stored(key, self._pieces[piece_key(key, box, entry.shape)], dtype)) for box in entry.slices
-        ]
+        parts = [(part.box, self._stored(key, self._pieces[piece_key(key, part)], dtype)) for part in entry.slices]
         return _Assembled(entry.shape, dtype.newbyteorder("="), parts)
 
     def readable(self, key: str) -> bool:
@@ -203,7 +209,7 @@ class Bundle:
         entry = self.entries[key]
         if not entry.slices:
             return [(tuple((0, n) for n in entry.shape), entry)]
-        return [(box, self._pieces[piece_key(key, box, entry.shape)]) for box in entry.slices]
+        return [(part.box, self._pieces[piece_key(key, part)]) for part in entry.slices]
 
     def shard(self, number: int) -> SourceFile:
         """An opened shard."""
@@ -280,15 +286,15 @@ class Bundle:
             if not entry.slices:
                 continue
             where = f"{self._where}: {key}"
-            for box in entry.slices:
-                piece = piece_key(key, box, entry.shape)
+            for part in entry.slices:
+                box, piece = part.box, piece_key(key, part)
                 found = self._pieces.get(piece)
                 if found is None:
                     raise BadFile(Problem(where, "no entry for a slice", f"one for {list(box)}", "the file is damaged"))
                 if found.slices or found.dtype != entry.dtype or found.shape != tuple(b - a for a, b in box):
                     raise BadFile(Problem(where, f"a slice of shape {list(found.shape)}", f"one that fits {list(box)}"))
                 used.add(piece)
-            if not _covers(entry.shape, entry.slices):
+            if not _covers(entry.shape, [part.box for part in entry.slices]):
                 raise BadFile(Problem(where, f"{len(entry.slices)} slices", f"slices that tile {list(entry.shape)}"))
         if orphans := self._pieces.keys() - used:
             raise BadFile(Problem(self._where, f"{len(orphans)} slices of no tensor", "slices of a listed tensor"))
@@ -511,8 +517,9 @@ def _read_shape(data: memoryview, where: str) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _read_slice(data: memoryview, shape: tuple[int, ...], where: str) -> Extents:
+def _read_slice(data: memoryview, shape: tuple[int, ...], where: str) -> Slice:
     extents: list[Range] = []
+    lengths: list[int | None] = []
     for field in protobuf.fields(data, where):
         if field.number != 1:
             continue
@@ -528,9 +535,10 @@ def _read_slice(data: memoryview, shape: tuple[int, ...], where: str) -> Extents
         if not (0 <= start <= stop <= full) or (length is None and start):
             raise BadFile(Problem(where, f"a slice {start}:{stop} of axis {axis}", f"one inside {list(shape)}"))
         extents.append((start, stop))
+        lengths.append(length)
     if len(extents) != len(shape):
         raise BadFile(Problem(where, f"a slice of {len(extents)} axes", f"{len(shape)} axes"))
-    return tuple(extents)
+    return Slice(tuple(extents), tuple(lengths))
 
 
 def _covers(shape: tuple[int, ...], slices: Sequence[Extents]) -> bool:
@@ -548,13 +556,12 @@ def _covers(shape: tuple[int, ...], slices: Sequence[Extents]) -> bool:
     )
 
 
-def piece_key(name: str, box: Extents, shape: tuple[int, ...]) -> bytes:
+def piece_key(name: str, part: Slice) -> bytes:
     """The key of one slice of a partitioned tensor: EncodeTensorNameSlice, in the ordered code."""
     escaped = name.encode("utf-8").replace(b"\0", b"\0\xff")
-    out = [b"\0", escaped, b"\0\1", _ordered_unsigned(len(box))]
-    for (start, stop), full in zip(box, shape, strict=True):
-        whole = start == 0 and stop == full
-        out += [_ordered_signed(start), _ordered_signed(-1 if whole else stop - start)]
+    out = [b"\0", escaped, b"\0\1", _ordered_unsigned(len(part.box))]
+    for (start, _), length in zip(part.box, part.lengths, strict=True):
+        out += [_ordered_signed(start), _ordered_signed(-1 if length is None else length)]
     return b"".join(out)
 
 
@@ -614,7 +621,7 @@ def _entry_bytes(dtype: int, shape: Sequence[int], offset: int, size: int, crc: 
 
 def _write_tiles(out: BinaryIO, tensor: Tensor, dtype: np.dtype[Any], crc: Crc32c) -> None:
     for tile in tensor.tiles():
-        data = memoryview(tile.astype(dtype, copy=False).view(np.uint8))
+        data = tile.astype(dtype, copy=False).view(np.uint8).data
         crc.update(data)
         out.write(data)
 
@@ -662,7 +669,7 @@ def _write_table(out: BinaryIO, entries: Sequence[tuple[bytes, bytes]]) -> None:
 def _block_bytes(entries: Sequence[tuple[bytes, bytes]]) -> bytes:
     out, restarts, last = bytearray(), [0], b""
     for i, (key, value) in enumerate(entries):
-        shared = len(os.path.commonprefix([last, key]))
+        shared = _shared(last, key)
         if i % _RESTART_INTERVAL == 0:
             shared = 0
             if i:
@@ -671,6 +678,11 @@ def _block_bytes(entries: Sequence[tuple[bytes, bytes]]) -> bytes:
         out += key[shared:] + value
         last = key
     return bytes(out) + struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
+
+
+def _shared(a: bytes, b: bytes) -> int:
+    """How many leading bytes two keys have in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def replace_tensors(bundle: Bundle, tensors: Mapping[str, Tensor], prefix: Path, *, force: bool = False) -> None:
@@ -758,7 +770,7 @@ def _place(ready: Sequence[Path], names: Sequence[Path]) -> None:
     undo: list[Callable[[], None]] = []
     try:
         for source, name in zip(reversed(ready), reversed(names), strict=True):
-            os.replace(source, name)
+            source.replace(name)
             undo.append(name.unlink)
         folder = os.open(names[0].parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
