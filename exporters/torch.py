@@ -1,0 +1,337 @@
+"""PyTorch's files and live modules, read into native layers. Files are read without torch and without any class.
+
+    model = read(Path("lenet5.pt"))                        a state dict, a checkpoint of one, or a whole pickled module
+    model = read(Path("last.ckpt"), key="ema.state_dict")  one of several weight sets in it
+    model = read_live(module)                              a torch.nn.Module
+
+A file may hold several weight sets (the raw weights and their moving average, two networks). One is never chosen in
+silence: `read` lists them, and `key` names the one wanted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from neutral.containers.pickle_machine import Node, items_of, members_of
+from neutral.containers.torch_file import DTYPES, TensorRef, TorchFile, numpy_array
+from neutral.containers.torch_tree import VISITS, Walked, children_of, choose, is_module, listed, walk, weight_sets
+from neutral.errors import BadFile, Problem, Refused, printable, raise_all
+from neutral.exporters.state_dict import ModuleClass, common_prefix, layers_from_state_dict
+from neutral.native import Array, Computed, NativeModel, NativeTensor, Tensor, from_array
+
+if TYPE_CHECKING:
+    import torch
+
+_COLLECTION_DEPTH: Final = 16
+_KNOWN_GLOBALS: Final = (
+    "torch.",
+    "collections.",
+    "builtins.",
+    "numpy.",
+    "_codecs.",
+    "copyreg.",
+    "pathlib.",
+    "argparse.",
+)
+
+
+def read(source: Path, *, key: str | None = None) -> NativeModel:
+    """The weights in a file of torch.save; `key` (keys joined by dots) names the set if there are several."""
+    file = TorchFile(source)
+    try:
+        return _read(file, key)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _read(file: TorchFile, key: str | None) -> NativeModel:
+    found = weight_sets(file.root)
+    chosen = choose(file, found, key)
+    notes = []
+    tree = None
+    classes: dict[str, ModuleClass] | None = None
+    if is_module(chosen.value):
+        walked = walk(chosen.value, str(file.path))
+        values: Mapping[Any, Any] = walked.tensors
+        if file.format != "torchscript":
+            tree, classes = described(walked)
+        else:
+            notes.append(
+                "TorchScript: which tensors are parameters and how layers are set is in its code, which is not run"
+            )
+    else:
+        values = items_of(chosen.value) or {}
+    limit = _Limit(file)
+    tensors, skipped = native_tensors(file, values, limit)
+    if not tensors:
+        raise BadFile(Problem(str(file.path), "no tensor", "at least one", "is this a file of weights?"))
+    if skipped:
+        notes.append("entries that are no tensors, left out: " + listed(skipped))
+    prefix = common_prefix(tensors)
+    if prefix:
+        notes.append(f"the prefix {prefix} of every name is left out of the layer paths")
+    others = {s.key: s.value for s in found.sets if s.value is not chosen.value} | found.others
+    collections = {name: _collection(file, name, value, limit) for name, value in others.items()}
+    if found.stray:
+        notes.append("tensors beside the weights, left out: " + listed(found.stray))
+    unknown = [name for name in file.globals if not name.startswith(_KNOWN_GLOBALS)]
+    if unknown:
+        notes.append("classes that the file names and that were not looked for: " + listed(unknown))
+    metadata: dict[str, Any] = {"key": chosen.key} if chosen.key else {}
+    if tree is not None:
+        metadata["modules"] = _unwrapped(tree, prefix)
+    return NativeModel(
+        "torch",
+        {"zip": "pt", "legacy": "pt-legacy", "torchscript": "torchscript"}[file.format],
+        layers_from_state_dict(tensors, classes),
+        ordered=tree is not None and _is_chain(metadata["modules"]),
+        collections={name: members for name, members in collections.items() if members},
+        metadata=metadata,
+        notes=tuple(notes),
+        close=file.close,
+    )
+
+
+# Tensors
+
+
+class _Limit:
+    """Adds up the bytes of distinct tensors, and refuses more than the file may have."""
+
+    def __init__(self, file: TorchFile) -> None:
+        self._where, self._left = str(file.path), file.logical_limit()
+        self._seen: set[Hashable] = set()
+
+    def count(self, name: str, nbytes: int, identity: Hashable) -> None:
+        if identity in self._seen:
+            return
+        self._seen.add(identity)
+        self._left -= nbytes
+        if self._left < 0:
+            raise BadFile(
+                Problem(
+                    f"{self._where}: {printable(name, 80)}",
+                    f"a tensor of {nbytes} bytes",
+                    "tensors not many times larger than the file",
+                    "the strides are forged, or save the expanded tensor contiguous",
+                )
+            )
+
+
+def native_tensors(
+    file: TorchFile, values: Mapping[Any, Any], limit: _Limit
+) -> tuple[dict[str, NativeTensor], list[str]]:
+    """(the tensors of a mapping, the names of what is no tensor)."""
+    tensors: dict[str, NativeTensor] = {}
+    skipped: list[str] = []
+    problems: list[Problem] = []
+    for name, value in values.items():
+        if type(name) is not str:
+            skipped.append(str(name))
+        elif type(value) is TensorRef:
+            try:
+                data = file.tensor(value, name)
+            except Refused as error:
+                problems += error.problems
+                continue
+            identity = file.identity(value)
+            limit.count(name, data.nbytes, identity)
+            tensors[name] = NativeTensor(name, data, identity)
+        elif (array := numpy_array(value)) is not None:
+            tensors[name] = NativeTensor(name, array, id(value))
+        elif type(value) is Node and "._rebuild_" in value.cls:
+            problems.append(
+                Problem(
+                    name,
+                    f"a tensor made by {printable(value.cls, 60)}",
+                    "a dense tensor whose elements are in the file",
+                    "convert it to a plain tensor before saving",
+                )
+            )
+        else:
+            skipped.append(name)
+    raise_all(Refused, problems)
+    return tensors, skipped
+
+
+def _collection(file: TorchFile, key: str, value: Any, limit: _Limit) -> tuple[NativeTensor, ...]:
+    """Every tensor under a place that is not the weights; those that cannot be read are left out."""
+    members: list[NativeTensor] = []
+    pending: list[tuple[str, Any, int]] = [("", value, 0)]
+    seen: set[int] = set()
+    while pending and len(seen) < VISITS:
+        path, item, depth = pending.pop()
+        if type(item) is TensorRef:
+            if item.dtype in DTYPES:
+                data = file.tensor(item, path)
+                identity = file.identity(item)
+                limit.count(path, data.nbytes, identity)
+                members.append(NativeTensor(path or "0", data, identity))
+        elif id(item) not in seen and depth <= _COLLECTION_DEPTH:
+            seen.add(id(item))
+            inner = walk(item, str(file.path)).tensors if is_module(item) else children_of(item)
+            pending += reversed(
+                [(f"{path}.{k}" if path else str(k), v, depth + 1) for k, v in inner.items() if type(k) in (str, int)]
+            )
+    return tuple(members)
+
+
+# Whole modules
+
+
+def described(walked: Walked) -> tuple[dict[str, Any], dict[str, ModuleClass]]:
+    """(the tree of modules as plain data, class and settings by path)."""
+    trees: dict[str, dict[str, Any]] = {}
+    classes: dict[str, ModuleClass] = {}
+    for module in reversed(walked.modules):
+        known = ModuleClass(class_name(module.node.cls), plain_config(items_of(module.node.state) or {}))
+        classes[module.path] = known
+        children = [[child.name, trees[child.path]] for child in module.children]
+        trees[module.path] = {"cls": known.cls, "path": module.path, "config": known.config, "children": children}
+    return trees[""], classes
+
+
+def class_name(qualified: str) -> str:
+    """The bare name of torch's own layers, the qualified name of all else.
+
+    >>> class_name("torch.nn.modules.conv.Conv2d"), class_name("__main__.Net")
+    ('Conv2d', '__main__.Net')
+    """
+    return qualified.rpartition(".")[2] if re.fullmatch(r"torch\.nn\.modules\.\w+\.\w+", qualified) else qualified
+
+
+def plain_config(attributes: Mapping[Any, Any]) -> dict[str, Any]:
+    """The public attributes of a module that are plain data: numbers, texts, None, lists of them."""
+    config: dict[str, Any] = {}
+    for name, value in attributes.items():
+        if type(name) is str and not name.startswith("_") and name != "training":
+            kept, plain = _plain(value, 0)
+            if kept:
+                config[name] = plain
+    return config
+
+
+def _plain(value: object, depth: int) -> tuple[bool, Any]:
+    if value is None or type(value) in (bool, int, float, str):
+        return True, value
+    members = value if isinstance(value, (list, tuple)) else members_of(value)
+    if members is None or depth >= 3 or (type(value) is Node and value.cls != "torch.Size"):
+        return False, None
+    inner = [_plain(member, depth + 1) for member in members]
+    return all(kept for kept, _ in inner), [plain for _, plain in inner]
+
+
+def _unwrapped(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The tree below the wrappers whose prefixes were left out of the paths."""
+    for name in prefix.split(".")[:-1]:
+        tree = dict(tree["children"])[name]
+    return _relocated(tree, len(prefix)) if prefix else tree
+
+
+def _relocated(tree: dict[str, Any], cut: int) -> dict[str, Any]:
+    # No deeper than _MODULE_DEPTH, which `walk` has checked.
+    children = [[name, _relocated(child, cut)] for name, child in tree["children"]]
+    return {**tree, "path": tree["path"][cut:], "children": children}
+
+
+def _is_chain(tree: Mapping[str, Any]) -> bool:
+    """True if the modules are computed in their order: Sequentials of leaves of torch's own."""
+    if tree["cls"] == "Sequential":
+        return all(
+            (child["cls"] == "Sequential" and _is_chain(child)) or not child["children"]
+            for _, child in tree["children"]
+        )
+    return False
+
+
+# Live modules
+
+
+def read_live(model: torch.nn.Module) -> NativeModel:
+    """The weights of a live module, without a copy where they lie in main memory. Names as in its state dict."""
+    tensors = {}
+    skipped = []
+    import torch
+
+    for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, torch.Tensor):
+            tensors[name] = NativeTensor(name, live_tensor(name, value), _live_identity(value))
+        else:
+            skipped.append(name)
+    if not tensors:
+        raise Refused(Problem(type(model).__qualname__, "a module without a tensor", "at least one"))
+    prefix = common_prefix(tensors)
+    classes: dict[str, ModuleClass] = {}
+    tree = _live_tree(model, "", classes)
+    modules = _unwrapped(tree, prefix)
+    notes = ["entries that are no tensors, left out: " + listed(skipped)] if skipped else []
+    if prefix:
+        notes.append(f"the prefix {prefix} of every name is left out of the layer paths")
+    return NativeModel(
+        "torch",
+        "module",
+        layers_from_state_dict(tensors, classes),
+        ordered=_is_chain(modules),
+        metadata={"modules": modules},
+        notes=tuple(notes),
+    )
+
+
+def _live_tree(module: torch.nn.Module, path: str, classes: dict[str, ModuleClass]) -> dict[str, Any]:
+    from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+
+    cls = type_before_parametrizations(module) if is_parametrized(module) else type(module)
+    config = plain_config(vars(module))
+    known = ModuleClass(class_name(f"{cls.__module__}.{cls.__qualname__}"), config)
+    classes[path] = known
+    children = [
+        [name, _live_tree(child, f"{path}.{name}" if path else name, classes)]
+        for name, child in module._modules.items()
+        if child is not None and name != "parametrizations"
+    ]
+    return {"cls": known.cls, "path": path, "config": config, "children": children}
+
+
+def live_tensor(name: str, value: torch.Tensor) -> Tensor:
+    """The elements of a live tensor: a view of its memory, or a copy made when read if it lies on another device."""
+    import torch
+
+    dtype = DTYPES.get(str(value.dtype).removeprefix("torch."))
+    if dtype is None or value.layout != torch.strided or value.is_meta or torch.nn.parameter.is_lazy(value):
+        what = "meta" if value.is_meta else f"{value.layout} {value.dtype}".replace("torch.", "")
+        raise Refused(
+            Problem(
+                name,
+                f"a tensor that is {what}",
+                "a dense tensor with elements, of a dtype that numpy or ml_dtypes has",
+                "convert or initialize it first",
+            )
+        )
+    detached = value.detach()
+    if detached.device.type == "cpu":
+        return from_array(_array(detached, dtype))
+    return Computed(tuple(value.shape), dtype, lambda: _array(detached.cpu(), dtype))
+
+
+def _array(value: torch.Tensor, dtype: np.dtype[Any]) -> Array:
+    import torch
+
+    plain = value.resolve_conj().resolve_neg()
+    if dtype.kind != "V":
+        return plain.numpy()
+    width = {1: torch.uint8, 2: torch.int16}[dtype.itemsize]
+    return plain.view(width).numpy().view(dtype)
+
+
+def _live_identity(value: torch.Tensor) -> Hashable:
+    if value.numel() == 0 or value.is_meta:
+        return None
+    place = value.untyped_storage().data_ptr()
+    strides = tuple(s if n > 1 else 0 for n, s in zip(value.shape, value.stride(), strict=True))
+    return (str(value.device), place, value.storage_offset(), tuple(value.shape), strides, str(value.dtype))

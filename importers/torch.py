@@ -1,0 +1,118 @@
+"""PyTorch's files and live modules, written from native tensors. Files are written without torch.
+
+fill(Path("lenet5.pt"), {"conv1.weight": kernel, ...}, Path("new.pt"))   the template's file with other elements
+fill_live(module, {"conv1.weight": kernel, ...})                         the same, in place
+build(model, manifest, Path("new.pt"))                                   a new state dict; .pt2: a module of the graph
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from neutral.containers.files import new_file, refuse_same
+from neutral.containers.torch_file import DTYPES, TensorRef, TorchFile, write_state_dict
+from neutral.containers.torch_file import fill as fill_file
+from neutral.containers.torch_tree import choose, weight_sets
+from neutral.errors import Problem, Refused, Unsupported, printable, raise_all
+from neutral.native import NativeModel, NativeTensor, Tensor, from_array
+
+if TYPE_CHECKING:
+    import torch
+
+    from neutral.schema.manifest import Manifest
+
+STATE_DICT_SUFFIXES: Final = (".pt", ".pth", ".ckpt", ".bin")
+
+
+def fill(
+    template: Path, tensors: Mapping[str, Tensor], out: Path, *, force: bool = False, key: str | None = None
+) -> None:
+    """A copy of a file of torch.save in which the tensors named have new elements; all else stays byte for byte.
+
+    `key` names the weight set if the file has several; without it the names must belong to exactly one.
+    """
+    refuse_same(out, template)
+    with TorchFile(template) as source:
+        values = _values(source, tensors, key)
+        entries = []
+        problems = []
+        for name, data in tensors.items():
+            ref = values.get(name)
+            if type(ref) is TensorRef:
+                entries.append((name, ref, data))
+            else:
+                found = "no tensor of that name" if ref is None else "an array that is kept inside the pickle"
+                problems.append(Problem(name, found, "a tensor with its elements in a record of the template"))
+        raise_all(Refused, problems)
+        with new_file(out, force) as file:
+            fill_file(source, entries, file)
+
+
+def _values(source: TorchFile, tensors: Mapping[str, Tensor], key: str | None) -> Mapping[Any, Any]:
+    where = str(source.path)
+    found = weight_sets(source.root)
+    if key is None and len(found.sets) > 1:
+        fitting = [values for values in (s.tensors(where) for s in found.sets) if tensors.keys() <= values.keys()]
+        if len(fitting) == 1:
+            return fitting[0]
+    return choose(source, found, key).tensors(where)
+
+
+def fill_live(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the tensors into a live module, by the names of its state dict. All are checked before the first is written."""
+    import torch
+
+    state = model.state_dict(keep_vars=True)
+    problems = []
+    for name, data in tensors.items():
+        there = state.get(name)
+        if not isinstance(there, torch.Tensor):
+            problems.append(Problem(name, "no tensor of that name", "a name of the module's state dict"))
+            continue
+        dtype = str(there.dtype).removeprefix("torch.")
+        if data.shape != tuple(there.shape) or DTYPES.get(dtype) != data.dtype or there.is_meta:
+            device = " on the meta device" if there.is_meta else ""
+            problems.append(
+                Problem(name, f"{data.dtype}{list(data.shape)}", f"{dtype}{list(there.shape)}{device} as in the module")
+            )
+    raise_all(Refused, problems)
+    with torch.no_grad():
+        for name, data in tensors.items():
+            state[name].copy_(_torch_tensor(data, state[name].dtype))
+
+
+def _torch_tensor(data: Tensor, dtype: torch.dtype) -> torch.Tensor:
+    import torch
+
+    array = data.read()
+    if array.dtype.kind != "V":
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    return torch.from_numpy(array.view(f"i{array.dtype.itemsize}").copy()).view(dtype)
+
+
+def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = False) -> None:
+    """A new file of torch.save with a state dict, or (`.pt2`) a module rebuilt from the graph and saved by torch.export."""
+    if out.suffix == ".pt2":
+        from neutral.importers.torch_module import export
+
+        export(model, manifest, out, force=force)
+        return
+    if out.suffix not in STATE_DICT_SUFFIXES:
+        raise Unsupported(
+            Problem(str(out), f"the suffix {printable(out.suffix)}", f"{', '.join(STATE_DICT_SUFFIXES)} or .pt2")
+        )
+    rank = {name: i for i, name in enumerate(manifest.source.order)} if manifest.source.framework == "torch" else {}
+    entries = sorted(model.tensors(), key=lambda tensor: rank.get(tensor.name, len(rank)))
+    with new_file(out, force) as file:
+        write_state_dict(file, ((tensor.name, _counter(tensor), tensor.identity) for tensor in entries))
+
+
+def _counter(tensor: NativeTensor) -> Tensor:
+    """BatchNorm's counter as torch has it, an int64 without axes; every other tensor as it is."""
+    if tensor.name.rpartition(".")[2] != "num_batches_tracked" or tensor.data.size != 1:
+        return tensor.data
+    return from_array(tensor.data.read().reshape(()).astype(np.int64))

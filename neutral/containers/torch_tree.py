@@ -1,0 +1,229 @@
+"""What a file of torch.save means by its nodes: its sets of weights, and the modules of a pickled module.
+
+>>> found = weight_sets({"epoch": 3, "model": {"fc.weight": _example()}, "ema": {"fc.weight": _example()}})
+>>> [s.key for s in found.sets]
+['model', 'ema']
+
+A file may hold several weight sets: the raw weights and their moving average, two networks. One is never chosen in
+silence. Modules are known by what their state holds (`_parameters`, `_modules`), so that no class is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from neutral.containers.pickle_machine import Node, items_of, members_of
+from neutral.containers.torch_file import StorageRef, TensorRef, TorchFile, numpy_array
+from neutral.errors import BadFile, Problem, Refused, printable
+
+_DEPTH: Final = 8
+_MODULE_DEPTH: Final = 200
+VISITS: Final = 300_000
+_NAME_CHARACTERS: Final = 64 << 20
+
+_NO_WEIGHTS: Final = (
+    *("optim", "lr_sched", "sched", "callback", "loops", "rng", "random", "amp", "scaler", "grad", "hyper_parameters"),
+    *("hparams", "datamodule", "args", "config", "history", "sampler"),
+)
+"""How the keys of a checkpoint begin under which tensors are no weights."""
+
+
+def _example() -> TensorRef:
+    return TensorRef(StorageRef("0", "float32", 0, 4, 4), 0, (1,), (1,), "float32")
+
+
+@dataclass(frozen=True)
+class WeightSet:
+    """One set of weights in a file. `key` is its place, "" for the whole file; `value` a mapping or a module's node."""
+
+    key: str
+    value: Any
+
+    def tensors(self, where: str) -> Mapping[Any, Any]:
+        """Names and values as the state dict has them, or would have them."""
+        return walk(self.value, where).tensors if is_module(self.value) else items_of(self.value) or {}
+
+
+@dataclass
+class Found:
+    """The weight sets of a file, what is known to be none by its key, and tensors that lie beside the sets."""
+
+    sets: list[WeightSet] = field(default_factory=list)
+    others: dict[str, Any] = field(default_factory=dict)
+    stray: list[str] = field(default_factory=list)
+
+
+def is_tensor(value: object) -> bool:
+    """True for what holds elements: a tensor of torch or an array of numpy."""
+    return type(value) is TensorRef or numpy_array(value) is not None
+
+
+def is_module(value: object) -> bool:
+    """True for the node of a pickled torch.nn.Module, of whatever class, and for TorchScript's."""
+    if type(value) is not Node:
+        return False
+    state = items_of(value.state)
+    if state is None:
+        return False
+    return value.cls.startswith("__torch__.") or all(
+        items_of(state.get(part)) is not None for part in ("_parameters", "_modules")
+    )
+
+
+def weight_sets(root: object) -> Found:
+    """All weight sets of a file, in its order; what is under optimizers' and similar keys comes apart."""
+    found = Found()
+    _search(root, "", 0, found, set())
+    return found
+
+
+def _search(value: Any, key: str, depth: int, found: Found, seen: set[int]) -> bool:
+    """Collect the sets in `value`; true if there are any. Not deeper than a few levels, so recursion is bounded."""
+    if depth > _DEPTH or id(value) in seen or len(seen) > VISITS:
+        return False
+    if is_module(value):
+        seen.add(id(value))
+        found.sets.append(WeightSet(key, value))
+        return True
+    children = children_of(value)
+    if not children:
+        return False
+    seen.add(id(value))
+    if set(children) >= {"state", "param_groups"} and key:
+        found.others[key] = value
+        return False
+    within = False
+    for name, child in children.items():
+        if type(name) is not str or name.endswith("_extra_state"):
+            continue
+        place = f"{key}.{name}" if key else name
+        if depth == 0 and name.lower().startswith(_NO_WEIGHTS):
+            found.others[place] = child
+        elif not is_tensor(child):
+            within = _search(child, place, depth + 1, found, seen) or within
+    direct = [name for name, child in children.items() if type(name) is str and is_tensor(child)]
+    if direct and within:
+        found.stray += [f"{key}.{name}" if key else name for name in direct]
+    elif direct and (items_of(value) is not None or depth):
+        found.sets.append(WeightSet(key, value if items_of(value) is not None else children))
+        return True
+    return within
+
+
+def children_of(value: Any) -> dict[Any, Any]:
+    """What is inside a container or an object, by name; the members of a list by number."""
+    items = items_of(value)
+    if items is not None:
+        return items
+    if type(value) is Node:
+        return items_of(value.state) or {}
+    members = members_of(value)
+    return {} if members is None else {str(i): member for i, member in enumerate(members)}
+
+
+def choose(file: TorchFile, found: Found, key: str | None) -> WeightSet:
+    """The one weight set of a file, or the one that `key` names."""
+    where = str(file.path)
+    if key is not None:
+        named = {s.key: s for s in found.sets}.get(key)
+        value = named.value if named else _resolve(file.root, key)
+        if value is None:
+            known = listed([s.key or "(the whole file)" for s in found.sets]) or "none"
+            raise Refused(Problem(where, f"nothing under the key {key}", f"one of: {known}", "choose one with --key"))
+        return WeightSet(key, value)
+    if not found.sets:
+        raise BadFile(
+            Problem(
+                where,
+                "no set of weights",
+                "a state dict or a module with tensors",
+                "name its place with --key" if found.others else "is this a file of weights?",
+            )
+        )
+    if len(found.sets) > 1:
+        names = ", ".join(f"--key {printable(s.key, 80)}" for s in found.sets[:20])
+        raise Refused(
+            Problem(where, f"{len(found.sets)} sets of weights", "to know which one is meant", f"choose one: {names}")
+        )
+    return found.sets[0]
+
+
+def _resolve(value: Any, key: str) -> Any:
+    """What lies under keys joined by dots; a key may itself have dots in it."""
+    while key:
+        children = {k: v for k, v in children_of(value).items() if type(k) is str}
+        name = max((k for k in children if key == k or key.startswith(k + ".")), key=len, default=None)
+        if name is None:
+            return None
+        value, key = children[name], key[len(name) + 1 :]
+    return value if is_module(value) or children_of(value) else None
+
+
+def listed(names: Sequence[object]) -> str:
+    """Some of the names, and how many more there are."""
+    shown = [printable(name, 80) for name in names[:10]]
+    return ", ".join(shown) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module of a pickled module: its path, its name in its parent, its node, the paths of its children."""
+
+    path: str
+    name: str
+    node: Node
+    children: list[Module] = field(default_factory=list)
+
+
+@dataclass
+class Walked:
+    """A pickled module: its tensors by state-dict name, and its modules, the outermost first."""
+
+    tensors: dict[str, Any] = field(default_factory=dict)
+    modules: list[Module] = field(default_factory=list)
+
+
+def walk(root: Node, where: str) -> Walked:
+    """Every persistent tensor of a pickled module under the name that its state dict would give it."""
+    walked = Walked()
+    characters = 0
+    pending: list[tuple[Module, Module | None, frozenset[int]]] = [(Module("", "", root), None, frozenset())]
+    while pending:
+        module, parent, above = pending.pop()
+        path, node = module.path, module.node
+        characters += len(path)
+        endless = id(node) in above or len(above) >= _MODULE_DEPTH
+        if endless or len(walked.modules) >= VISITS or characters > _NAME_CHARACTERS:
+            raise BadFile(
+                Problem(
+                    f"{where}: {printable(path, 80)}",
+                    "modules inside each other without an end",
+                    "a tree of modules",
+                    "the file is forged",
+                )
+            )
+        walked.modules.append(module)
+        if parent is not None:
+            parent.children.append(module)
+        own, children = _members(node, items_of(node.state) or {})
+        prefix = path + "." if path else ""
+        for local, value in own.items():
+            if type(local) is str and value is not None:
+                walked.tensors[prefix + local] = value
+        inside = above | {id(node)}
+        pending += [(Module(prefix + name, name, child), module, inside) for name, child in reversed(children.items())]
+    return walked
+
+
+def _members(node: Node, state: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[str, Node]]:
+    """(a module's own parameters and persistent buffers, its submodules)."""
+    if node.cls.startswith("__torch__."):
+        own = {name: value for name, value in state.items() if type(value) is TensorRef}
+        return own, {name: value for name, value in state.items() if type(name) is str and is_module(value)}
+    passing = {m for m in members_of(state.get("_non_persistent_buffers_set")) or () if type(m) is str}
+    own = dict(items_of(state.get("_parameters")) or {})
+    own |= {name: value for name, value in (items_of(state.get("_buffers")) or {}).items() if name not in passing}
+    modules = items_of(state.get("_modules")) or {}
+    return own, {name: value for name, value in modules.items() if type(name) is str and is_module(value)}
