@@ -37,7 +37,7 @@ LABELS: dict[str, tuple[str, ...]] = {
 class Parameter(Strict):
     """One tensor of a layer: its axes with labelled blocks, shape, dtype, digest, and what its source called it.
 
-    `native` lists the tensors of the source that it was made of, in order. `tied_to` names the parameter
+    `native` maps the local names of the source's tensors that it was made of to their full names. `tied_to` names the parameter
     (`<layer>/<role>`) that holds its elements if the source shares them. A `state` parameter is no weight.
     """
 
@@ -46,7 +46,7 @@ class Parameter(Strict):
     shape: tuple[Annotated[int, Field(ge=0)], ...]
     dtype: str
     sha256: Sha256
-    native: tuple[str, ...] = ()
+    native: dict[str, str] = {}
     tied_to: str | None = None
     state: bool = False
 
@@ -65,7 +65,8 @@ class Layer(Strict):
 
     `native` is the source's class name. `part` says which computation of a native layer this one is, where the
     source packs several in one (level `2` of a stacked LSTM, the `depthwise` half of a separable convolution).
-    `undecided` lists axes whose order is that of the source because nobody said whether they cross a Flatten.
+    `channels` counts the channels of each axis that crosses a Flatten or Reshape. `undecided` lists axes whose order is
+    that of the source because nobody said whether they cross one.
     """
 
     parameters_of: ClassVar[dict[str, Role]] = {}
@@ -76,6 +77,7 @@ class Layer(Strict):
     part: str | None = None
     evidence: Evidence = "none"
     parameters: dict[str, Parameter] = {}
+    channels: dict[str, int] = {}
     undecided: tuple[str, ...] = ()
 
 
@@ -126,7 +128,7 @@ class ConvTranspose(_Windowed):
 
     kind: Literal["conv_transpose"] = "conv_transpose"
     output_padding: Ints | None = None
-    parameters_of = {"kernel": Role(("in", "out", "..."), required=True), "bias": Role(("out",))}
+    parameters_of = {"kernel": Role(("in", "out", "..."), required=True), "bias": Role(("channel",))}
 
 
 class Embedding(Layer):
@@ -237,24 +239,23 @@ class GRU(_Recurrent):
     parameters_of = _recurrent(("reset", "update", "new"))
 
 
-def _projection(name: str) -> dict[str, Role]:
-    return {f"{name}_kernel": Role(("out", "in"), required=True), f"{name}_bias": Role(("out",))}
-
-
 class Attention(Layer):
-    """Multi-head attention. `out` of query, key and value is (head dim), `in` of the output kernel too."""
+    """Multi-head attention. The projected axes hold (head dim); those of key and value may have fewer heads."""
 
     kind: Literal["attention"] = "attention"
     heads: int | None = None
     kv_heads: int | None = None
-    key_dim: int | None = None
     parameters_of = {
-        **_projection("query"),
-        **_projection("key"),
-        **_projection("value"),
-        **_projection("output"),
-        "extra_key": Role(("feature",)),
-        "extra_value": Role(("feature",)),
+        "query_kernel": Role(("query", "in"), required=True),
+        "query_bias": Role(("query",)),
+        "key_kernel": Role(("key", "in_key"), required=True),
+        "key_bias": Role(("key",)),
+        "value_kernel": Role(("value", "in_value"), required=True),
+        "value_bias": Role(("value",)),
+        "output_kernel": Role(("out", "attended"), required=True),
+        "output_bias": Role(("out",)),
+        "extra_key": Role(("key",)),
+        "extra_value": Role(("value",)),
     }
 
 

@@ -1,0 +1,839 @@
+"""Native layers to canonical ones and back, by applying a convention.
+
+>>> import numpy as np
+>>> from neutral.conventions.keras import KERAS
+>>> from neutral.native import NativeLayer, NativeModel, NativeTensor, from_array
+>>> kernel = NativeTensor("fc/kernel", from_array(np.zeros((3, 5))))
+>>> model = NativeModel("keras", "h5", (NativeLayer("fc", "Dense", {"kernel": kernel}, evidence="class"),))
+>>> [(l.path, l.kind, l.tensors["kernel"].data.shape) for l in canonical_layers(model, KERAS)]
+[('fc', 'dense', (5, 3))]
+
+A `Binding` says which form of a convention a native layer has, and which of its tensors is which row: it is found once
+and serves both directions. Tensors are views: nothing is read here but small ones that a rule must look at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from neutral import rules
+from neutral.conventions.forms import Convention, Form, Name, Part, Row, brace_axes, expand, role_expression
+from neutral.errors import BadLayout, Problem, Refused, raise_all
+from neutral.layout import Layout, layout
+from neutral.native import NativeLayer, NativeModel, NativeTensor, Tensor, stack
+from neutral.schema.kinds import KINDS, LABELS, Evidence
+
+SPATIAL = {0: (), 1: ("width",), 2: ("height", "width"), 3: ("depth", "height", "width")}
+"""Names of spatial axes by their number."""
+
+_FLATTENED = ("in", "out", "feature")
+"""Axes that may hold (channel position)."""
+
+_HEADS = {"query": "heads", "key": "kv_heads", "value": "kv_heads", "attended": "heads"}
+"""Axes of an attention that hold (head dim), and the attribute that counts the heads."""
+
+
+@dataclass(frozen=True)
+class CanonicalTensor:
+    """One canonical parameter, unread. `axes` are the kind's own, fused where the kind fuses; `native` maps the local
+    names of the native tensors that it is made of to their full names."""
+
+    data: Tensor
+    axes: tuple[str, ...]
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    native: Mapping[str, str] = field(default_factory=dict)
+    identity: Hashable = None
+    state: bool = False
+
+
+@dataclass(frozen=True)
+class CanonicalLayer:
+    """One canonical layer. `channels` tells the axes that cross a Flatten and their channels; `undecided` those of
+    which nobody knows, which are in the order of the source."""
+
+    path: str
+    kind: str
+    tensors: Mapping[str, CanonicalTensor]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    evidence: Evidence = "none"
+    native: str | None = None
+    native_path: str = ""
+    part: str | None = None
+    candidates: tuple[str, ...] = ()
+    channels: Mapping[str, int] = field(default_factory=dict)
+    undecided: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> dict[str, CanonicalTensor]:
+        """The tensors that are weights, by role."""
+        return {role: tensor for role, tensor in self.tensors.items() if not tensor.state}
+
+
+@dataclass(frozen=True)
+class BoundPart:
+    """One part of a form, bound to the tensors of a native layer: the rows present, and the size of each axis."""
+
+    part: Part
+    level: int
+    rows: tuple[Row, ...]
+    sizes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A form that fits a native layer."""
+
+    form: Form
+    parts: tuple[BoundPart, ...]
+
+    def path(self, path: str, bound: BoundPart) -> str:
+        """The canonical path of one part of the native layer at `path`."""
+        if self.form.levels and len(self.parts) > 1:
+            return f"{path}.{bound.level}"
+        return f"{path}.{bound.part.suffix}" if bound.part.suffix else path
+
+    def part_name(self, bound: BoundPart) -> str | None:
+        """What tells this part from its sisters: the level of a stack, or the part's suffix."""
+        return str(bound.level) if self.form.levels else (bound.part.suffix or None)
+
+
+def row_layout(
+    row: Row, kind: str, channels: Mapping[str, int] | None = None, flatten: str = "channel position"
+) -> Layout:
+    """The layout of a row, its braces as leading axes; axes that cross a Flatten as (channel position)."""
+    canonical = row.canonical or role_expression(kind, row.role)
+    native = row.native
+    for name, _ in reversed(brace_axes(row.name)):
+        labelled = next((word for word in canonical.split() if word.startswith(f"{name}:")), name)
+        native = f"{labelled} {native}"
+        if name == "direction":
+            canonical = f"direction {canonical}"
+    for axis in channels or {}:
+        if canonical == "...":
+            canonical = native = "feature"
+        canonical = " ".join("(channel position)" if word == axis else word for word in canonical.split())
+        native = " ".join(f"({flatten})" if word == axis else word for word in native.split())
+    return layout(canonical, native)
+
+
+def row_channels(row: Row, kind: str, channels: Mapping[str, int]) -> dict[str, int]:
+    """Those of a layer's Flatten axes that this row has."""
+    words = (
+        row.canonical or (role_expression(kind, row.role) if row.role in KINDS[kind].parameters_of else "")
+    ).split()
+    return {axis: n for axis, n in channels.items() if axis in words or (axis == "feature" and words == ["..."])}
+
+
+def bind(form: Form, shapes: Mapping[str, tuple[int, ...]]) -> Binding | str:
+    """The form bound to tensors of these local names and shapes, or why it does not fit."""
+    used: set[str] = set()
+    parts: list[BoundPart] = []
+    level = 0
+    while True:
+        for part in form.parts:
+            bound = _bind_part(part, level, shapes, used)
+            if isinstance(bound, str):
+                return bound
+            parts.append(bound)
+        level += 1
+        if not form.levels or not any(
+            name.text in shapes for part in form.parts for row in part.rows for name in expand(row.name, level)
+        ):
+            break
+    rest = sorted(shapes.keys() - used)
+    return f"no place for {', '.join(rest[:5])}" if rest else Binding(form, tuple(parts))
+
+
+def _bind_part(part: Part, level: int, shapes: Mapping[str, tuple[int, ...]], used: set[str]) -> BoundPart | str:
+    sizes: dict[str, int] = {}
+    rows = []
+    for row in part.rows:
+        names = [name.text for name in expand(row.name, level)]
+        present = [name for name in names if name in shapes]
+        if len(present) < len(names):
+            if row.required or present:
+                return f"{next(name for name in names if name not in shapes)} is missing"
+            continue
+        used.update(names)
+        rows.append(row)
+        if row.raw:
+            continue
+        first = shapes[names[0]]
+        if any(shapes[name] != first for name in names):
+            return f"{' and '.join(names)} differ in shape"
+        braces = brace_axes(row.name)
+        known = {**sizes, **dict(brace_axes(row.role))}
+        try:
+            bound = row_layout(row, part.kind).bind((*(n for _, n in braces), *first), known)
+        except BadLayout as error:
+            return f"{names[0]}: {error.problems[0].found} does not fit {error.problems[0].where}"
+        sizes.update(bound)
+    if not rows:
+        return "no tensor of it is there"
+    return BoundPart(part, level, tuple(rows), sizes) if part.check(sizes) else "its sizes contradict each other"
+
+
+def _bindings(layer: NativeLayer, convention: Convention, hint: str | None) -> tuple[list[Binding], list[str]]:
+    shapes = {local: tensor.data.shape for local, tensor in layer.tensors.items() if not tensor.state}
+    named = [f for f in convention.forms if layer.cls in f.classes and f.applies(layer.config)]
+    forms: Iterable[Form]
+    if layer.cls is not None and hint is None:
+        forms = (*convention.build(layer.cls, layer.config), *named)
+    else:
+        forms = [f for f in convention.forms if f.guessable]
+    found, reasons = [], []
+    for form in forms:
+        if hint is not None and not any(compatible(part.kind, hint) for part in form.parts):
+            continue
+        binding = bind(form, shapes)
+        if isinstance(binding, str):
+            reasons.append(binding)
+        else:
+            found.append(binding)
+    return found, reasons
+
+
+_ALIKE = ({"conv", "depthwise"}, {"group_norm", "instance_norm"}, {"dense", "einsum_dense"})
+
+
+def compatible(a: str, b: str) -> bool:
+    """True if two kinds may be one layer seen with and without its settings."""
+    return a == b or any(a in pair and b in pair for pair in _ALIKE)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A native layer and what is known of it before its tensors are touched."""
+
+    layer: NativeLayer
+    binding: Binding | None
+    evidence: Evidence
+    candidates: tuple[str, ...] = ()
+
+
+def recognise(layer: NativeLayer, convention: Convention, hint: str | None = None) -> Known:
+    """Which form of the convention a native layer has: by its class, by a hint, or by being the only one that fits.
+
+    Where several kinds fit, none is chosen: they become candidates.
+    """
+    found, reasons = _bindings(layer, convention, hint)
+    if hint is not None and not found:
+        raise Refused(
+            Problem(layer.path, f"tensors {_shapes(layer)}", f"those of a {hint} as {convention.framework} stores it ({'; '.join(dict.fromkeys(reasons)) or 'it has none'})", "give another --kind")
+        )  # fmt: skip
+    kinds = list(dict.fromkeys(_kind_of(binding) for binding in found))
+    if hint is not None:
+        return Known(layer, found[0], "hint")
+    if found and (layer.cls is not None or len(kinds) == 1):
+        evidence: Evidence = layer.evidence if layer.cls is not None else "name"  # type: ignore[assignment]
+        return Known(layer, found[0], evidence)
+    return Known(layer, None, "none", tuple(kinds))
+
+
+def _kind_of(binding: Binding) -> str:
+    if len(binding.parts) > 1 and not binding.form.levels:
+        return "separable"
+    part = binding.parts[0]
+    kind = part.part.kind
+    return "conv" if kind == "depthwise" and part.sizes.get("group") == 1 else kind
+
+
+def _shapes(layer: NativeLayer) -> str:
+    return ", ".join(f"{name} {tensor.data.shape}" for name, tensor in layer.tensors.items())
+
+
+def canonical_layers(
+    model: NativeModel,
+    convention: Convention,
+    *,
+    kinds: Mapping[str, str] | None = None,
+    flatten: Mapping[str, Mapping[str, int]] | None = None,
+) -> list[CanonicalLayer]:
+    """Every layer of a native model in canonical form, its tensors unread.
+
+    `kinds` maps globs on layer paths to kinds. `flatten` names every layer that crosses a Flatten or Reshape, with the
+    channels of its axes ({"fc1": {"in": 16}}); once it is given, all other layers cross none.
+    """
+    hints = kinds or {}
+    known = [recognise(layer, convention, _hint(layer.path, hints)) for layer in model.layers]
+    unmatched = [pattern for pattern in hints if not any(fnmatchcase(k.layer.path, pattern) for k in known)]
+    unmatched += [path for path in flatten or {} if not any(k.layer.path == path for k in known)]
+    raise_all(
+        Refused,
+        (
+            Problem(
+                name, "no such layer", f"one of {', '.join(k.layer.path for k in known[:20])}", "correct the option"
+            )
+            for name in unmatched
+        ),
+    )
+    crossing = _Crossing.of(known)
+    layers: list[CanonicalLayer] = []
+    problems: list[Problem] = []
+    for item in known:
+        try:
+            layers.extend(_canonical(item, convention, model.splits, flatten, crossing))
+        except (BadLayout, Refused) as error:
+            problems.extend(replace(p, where=f"{item.layer.path}: {p.where}") for p in error.problems)
+    raise_all(Refused, problems)
+    return layers
+
+
+def _hint(path: str, hints: Mapping[str, str]) -> str | None:
+    return next((kind for pattern, kind in hints.items() if fnmatchcase(path, pattern)), None)
+
+
+@dataclass(frozen=True)
+class _Crossing:
+    """The channel counts of all convolutions of a model: what a Flatten or Reshape could have on its other side."""
+
+    channels: frozenset[int]
+
+    @classmethod
+    def of(cls, known: Sequence[Known]) -> _Crossing:
+        found: set[int] = set()
+        for item in known:
+            for tensor in item.layer.tensors.values():
+                if len(tensor.data.shape) >= 3 and (item.binding is None or _kind_of(item.binding) in _WITH_SPACE):
+                    found.update(tensor.data.shape)
+        return cls(frozenset(found))
+
+    def may(self, axis: str, kind: str, size: int) -> bool:
+        """True if an axis of this size may join channels and positions."""
+        if kind != "dense" and size in self.channels:
+            return False
+        return any(1 < c < size and size % c == 0 for c in self.channels)
+
+
+_WITH_SPACE = ("conv", "conv_transpose", "depthwise", "separable")
+_MAY_CROSS = {"dense": ("in", "out"), "batch_norm": ("feature",), "layer_norm": ("feature",), "prelu": ("feature",)}
+
+
+def _canonical(
+    known: Known,
+    convention: Convention,
+    splits: Mapping[str, Mapping[str, int]],
+    flatten: Mapping[str, Mapping[str, int]] | None,
+    crossing: _Crossing,
+) -> list[CanonicalLayer]:
+    layer = known.layer
+    state = {local: _raw(local, tensor) for local, tensor in layer.tensors.items() if tensor.state}
+    if known.binding is None:
+        tensors = {local: _raw(local, tensor) for local, tensor in layer.tensors.items()}
+        return [
+            CanonicalLayer(layer.path, "unknown", tensors, {}, "none", layer.cls, layer.path, None, known.candidates)
+        ]
+    layers = []
+    for bound in known.binding.parts:
+        kind = bound.part.kind
+        path = known.binding.path(layer.path, bound)
+        channels, undecided = _flattened(path, layer.path, kind, bound.sizes, splits, flatten, crossing)
+        tensors = _part_tensors(bound, layer, convention, channels)
+        attributes = {k: v for k, v in bound.part.attributes(layer.config, bound.sizes).items() if v is not None}
+        kind, attributes = _normal_kind(kind, attributes, tensors)
+        attributes = {k: v for k, v in attributes.items() if k in KINDS[kind].model_fields}
+        part = known.binding.part_name(bound)
+        layers.append(
+            CanonicalLayer(
+                path,
+                kind,
+                {**tensors, **state},
+                attributes,
+                known.evidence,
+                layer.cls,
+                layer.path,
+                part,
+                (),
+                channels,
+                undecided,
+            )
+        )
+        state = {}
+    return layers
+
+
+def _flattened(
+    path: str,
+    native_path: str,
+    kind: str,
+    sizes: Mapping[str, int],
+    splits: Mapping[str, Mapping[str, int]],
+    flatten: Mapping[str, Mapping[str, int]] | None,
+    crossing: _Crossing,
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """The axes of a layer that cross a Flatten with their channels, and those of which that is not known."""
+    if kind not in _MAY_CROSS:
+        return {}, ()
+    given = (
+        splits.get(path, splits.get(native_path))
+        if flatten is None
+        else flatten.get(path, flatten.get(native_path, {}))
+    )
+    axes = {axis: sizes[axis] for axis in _MAY_CROSS[kind] if axis in sizes}
+    if kind == "layer_norm" and "x0" in sizes and "x1" not in sizes:
+        axes = {"feature": sizes["x0"]}
+    if given is None:
+        return {}, tuple(axis for axis, size in axes.items() if crossing.may(axis, kind, size))
+    wanted = {("feature" if axis == "in" and "feature" in axes else axis): n for axis, n in given.items()}
+    for axis, n in wanted.items():
+        if axis not in axes or n <= 0 or axes[axis] % n:
+            raise Refused(
+                Problem(
+                    axis,
+                    f"{n} channels",
+                    f"a divisor of its {axes.get(axis, 0)} elements",
+                    "correct the number of channels",
+                )
+            )
+    return {axis: n for axis, n in wanted.items() if 1 < n < axes[axis]}, ()
+
+
+def _part_tensors(
+    bound: BoundPart, layer: NativeLayer, convention: Convention, channels: Mapping[str, int]
+) -> dict[str, CanonicalTensor]:
+    tensors: dict[str, CanonicalTensor] = {}
+    for row in bound.rows:
+        names = expand(row.name, bound.level)
+        natives = [layer.tensors[name.text] for name in names]
+        origin = {name.text: tensor.name for name, tensor in zip(names, natives, strict=True)}
+        identity = natives[0].identity if len(natives) == 1 and not brace_axes(row.role) else None
+        if row.raw:
+            tensors[row.role] = _raw(names[0].text, natives[0])
+            continue
+        if any(t.data.dtype != natives[0].data.dtype for t in natives):
+            raise Refused(
+                Problem(
+                    names[0].text,
+                    "tensors of one parameter in several dtypes",
+                    "one dtype",
+                    "convert them to one dtype first",
+                )
+            )
+        data = _gather([t.data for t in natives], names, row)
+        crossed = row_channels(row, bound.part.kind, channels)
+        way = row_layout(row, bound.part.kind, crossed, convention.flatten)
+        data = way.to_canonical(data, _sizes(bound.sizes, row, crossed))
+        if row.rule == "one_bias":
+            data = rules.add_zero_bias(data, _side_axis(row))
+        for role in expand(row.role):
+            view = data.take(0, (role.place[0],)).split(0, ()) if role.place else data
+            axes, labels = canonical_axes(bound.part.kind, role.text, len(view.shape), bool(_directed(row)))
+            tensors[role.text] = CanonicalTensor(view, axes, labels, origin, identity)
+    return tensors
+
+
+def _gather(parts: Sequence[Tensor], names: Sequence[Name], row: Row) -> Tensor:
+    braces = brace_axes(row.name)
+    return stack(parts, 0).split(0, [n for _, n in braces]) if braces else parts[0]
+
+
+def _sizes(sizes: Mapping[str, int], row: Row, crossed: Mapping[str, int]) -> dict[str, int]:
+    known = {axis: n for axis, n in sizes.items() if axis not in crossed and axis not in ("x0" if crossed else "",)}
+    return {**known, **dict(brace_axes(row.role)), **({"channel": n for n in crossed.values()} if crossed else {})}
+
+
+def _directed(row: Row) -> bool:
+    return any(name == "direction" for name, _ in brace_axes(row.name)) or row.canonical.startswith("direction ")
+
+
+def _side_axis(row: Row) -> int:
+    return 1 if _directed(row) else 0
+
+
+def _raw(local: str, tensor: NativeTensor) -> CanonicalTensor:
+    axes = tuple(f"d{i}" for i in range(len(tensor.data.shape)))
+    return CanonicalTensor(tensor.data, axes, {}, {local: tensor.name}, tensor.identity, tensor.state)
+
+
+def canonical_axes(
+    kind: str, role: str, rank: int, directed: bool
+) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """The axis names and labels of a parameter of this rank."""
+    spec = KINDS[kind].parameters_of.get(role)
+    if spec is None:
+        return tuple(f"d{i}" for i in range(rank)), {}
+    front = ("direction",) if directed else ()
+    spatial = rank - len(front) - sum(1 for axis in spec.axes if axis != "...")
+    space = (
+        SPATIAL.get(spatial, tuple(f"x{i}" for i in range(spatial)))
+        if kind in (*_WITH_SPACE, "prelu")
+        else tuple(f"x{i}" for i in range(spatial))
+    )
+    if spec.axes == ("...",) and rank == 1:
+        space = ("feature",)
+    axes = [*front]
+    for axis in spec.axes:
+        axes.extend(space if axis == "..." else (axis,))
+    labels = {**spec.labels, **({"direction": LABELS["direction"]} if directed else {})}
+    return tuple(axes), {axis: labels[axis] for axis in axes if axis in labels}
+
+
+def _normal_kind(
+    kind: str, attributes: dict[str, Any], tensors: Mapping[str, CanonicalTensor]
+) -> tuple[str, dict[str, Any]]:
+    """One kind for one computation: a convolution of one channel per group is depthwise, whoever says otherwise."""
+    if kind in ("conv", "depthwise"):
+        kernel = next((t for role, t in tensors.items() if role in ("kernel", "kernel_direction", "kernel_raw")), None)
+        groups = attributes.get("groups")
+        if kernel is not None and groups is not None:
+            kind = "depthwise" if kernel.data.shape[1] == 1 and groups > 1 else "conv"
+    if kind == "group_norm" and "groups" in attributes:
+        size = next(iter(tensors.values())).data.shape[0] if tensors else None
+        if attributes["groups"] in (-1, size):
+            kind = "instance_norm"
+    return kind, attributes
+
+
+def fine_axes(layer: CanonicalLayer, tensor: CanonicalTensor) -> tuple[tuple[tuple[str, int], ...], ...]:
+    """Per axis of a parameter the named axes it holds, with their sizes: what the archive stores.
+
+    A dense kernel behind a Flatten is (out, channel, position), an attention's query kernel (head, dim, in).
+    """
+    out = []
+    for axis, size in zip(tensor.axes, tensor.data.shape, strict=True):
+        heads = layer.attributes.get(_HEADS[axis]) if layer.kind == "attention" and axis in _HEADS else None
+        if axis in layer.channels and axis in _FLATTENED:
+            n = layer.channels[axis]
+            out.append((("channel", n), ("position", size // n)))
+        elif isinstance(heads, int) and heads > 0 and size % heads == 0:
+            out.append((("head", heads), ("dim", size // heads)))
+        else:
+            out.append(((axis, size),))
+    return tuple(out)
+
+
+@dataclass
+class Written:
+    """What became of canonical layers on their way into one native layer."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    losses: list[tuple[str, str, str]] = field(default_factory=list)
+    applied: list[tuple[str, str, str]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def native_tensors(
+    binding: Binding,
+    layers: Sequence[CanonicalLayer],
+    convention: Convention,
+    *,
+    where: str,
+    want: Mapping[str, NativeTensor] | None = None,
+    cast: bool = False,
+) -> Written:
+    """Canonical layers, one per part of the binding, as the tensors of one native layer, by local name.
+
+    With `want` (a template's tensors) shapes must be equal and dtypes are converted: wider freely, narrower only with
+    `cast`. All that does not fit is collected in `problems`.
+    """
+    out = Written()
+    for bound, layer in zip(binding.parts, layers, strict=True):
+        _write_part(bound, layer, convention, where, want, cast, out)
+    return out
+
+
+def _write_part(
+    bound: BoundPart,
+    layer: CanonicalLayer,
+    convention: Convention,
+    where: str,
+    want: Mapping[str, NativeTensor] | None,
+    cast: bool,
+    out: Written,
+) -> None:
+    have = dict(layer.weights)
+    rows = {role.text for row in bound.rows for role in expand(row.role)}
+    have = _reparametrized(layer, have, rows, bound, want, out)
+    for row in bound.rows:
+        roles = expand(row.role)
+        missing = [role.text for role in roles if role.text not in have]
+        tensors = [have.pop(role.text).data for role in roles if role.text in have]
+        if missing:
+            tensors = _defaults(missing, roles, tensors, row, bound, want, where, layer, out)
+            if not tensors:
+                continue
+        data = stack(tensors, 0) if brace_axes(row.role) else tensors[0]
+        try:
+            pieces = _row_native(row, bound, layer, data, convention, where, want, out)
+        except BadLayout as error:
+            found = f"{row.role} {data.shape} of a {layer.kind}"
+            out.problems.append(
+                Problem(
+                    where,
+                    found,
+                    f"what fits {error.problems[0].where} ({error.problems[0].expected})",
+                    _why_not(layer, data),
+                )
+            )
+            continue
+        for name, piece in pieces.items():
+            fitted = _fitted(piece, name, where, want, cast, out)
+            if fitted is not None:
+                out.tensors[name] = fitted
+    for role, tensor in have.items():
+        _dropped(role, tensor, layer, where, out)
+
+
+def _why_not(layer: CanonicalLayer, data: Tensor) -> str:
+    if layer.kind == "prelu" and len(data.shape) > 1:
+        return "a slope per position has no form there: retrain with shared axes"
+    return "check that both models have the same layers and sizes"
+
+
+def _reparametrized(
+    layer: CanonicalLayer,
+    have: dict[str, CanonicalTensor],
+    rows: set[str],
+    bound: BoundPart,
+    want: Mapping[str, NativeTensor] | None,
+    out: Written,
+) -> dict[str, CanonicalTensor]:
+    """Kernels as the target stores them: effective where the source has magnitude and direction, and the reverse."""
+    if "kernel" in rows and "kernel_direction" in have:
+        v, g = have.pop("kernel_direction"), have.pop("kernel_magnitude")
+        have["kernel"] = replace(v, data=rules.weight_norm_kernel(g.data, v.data))
+        out.losses.append(("effective_kernel", layer.path, "weight norm: magnitude and direction became one kernel"))
+    elif "kernel" in rows and "kernel_raw" in have:
+        raw, u, v = (have.pop(role) for role in ("kernel_raw", "kernel_u", "kernel_v"))
+        axis = 1 if layer.kind == "conv_transpose" else 0
+        have["kernel"] = replace(raw, data=rules.spectral_norm_kernel(raw.data, u.data, v.data, axis))
+        out.losses.append(("effective_kernel", layer.path, "spectral norm: the kernel was divided by its norm"))
+    elif "kernel_direction" in rows and "kernel" in have and want is not None:
+        kernel = have.pop("kernel")
+        local = next(expand(row.name)[0].text for row in bound.rows if row.role == "kernel_magnitude")
+        shape = want[local].data.shape
+        have["kernel_direction"] = kernel
+        have["kernel_magnitude"] = replace(kernel, data=rules.weight_norm_magnitude(kernel.data, shape))
+        out.losses.append(("magnitude", layer.path, "a plain kernel was split into magnitude and direction"))
+    return have
+
+
+def _defaults(
+    missing: Sequence[str],
+    roles: Sequence[Name],
+    tensors: list[Tensor],
+    row: Row,
+    bound: BoundPart,
+    want: Mapping[str, NativeTensor] | None,
+    where: str,
+    layer: CanonicalLayer,
+    out: Written,
+) -> list[Tensor]:
+    """The neutral values of parameters that the target has and the source does without."""
+    if want is None:
+        if row.required:
+            out.problems.append(
+                Problem(
+                    where,
+                    f"no {', '.join(missing)} in {layer.path}",
+                    f"one, for a {layer.kind} cannot be written without",
+                    "export the whole model",
+                )
+            )
+        return []
+    value = rules.default_value(missing[0])
+    names = expand(row.name, bound.level)
+    if value is None or tensors or layer.kind == "unknown":
+        out.problems.append(
+            Problem(
+                where,
+                f"no {', '.join(missing)} in {layer.path}",
+                f"a value for {names[0].text}",
+                "use a template without it, or map another layer",
+            )
+        )
+        return []
+    native = want[names[0].text].data
+    for name in names:
+        out.tensors[name.text] = rules.filled(value, want[name.text].data.shape, native.dtype)
+    out.applied.append(("default", where, f"{', '.join(n.text for n in names)} set to {value:g}: the source has none"))
+    return []
+
+
+def _row_native(
+    row: Row,
+    bound: BoundPart,
+    layer: CanonicalLayer,
+    data: Tensor,
+    convention: Convention,
+    where: str,
+    want: Mapping[str, NativeTensor] | None,
+    out: Written,
+) -> dict[str, Tensor]:
+    names = expand(row.name, bound.level)
+    if row.raw:
+        return {names[0].text: data}
+    kind = bound.part.kind
+    if row.rule == "one_bias":
+        merged = rules.merge_biases(data, _side_axis(row))
+        data = merged.tensor
+        if not merged.exact:
+            out.losses.append(("merge_biases", layer.path, "input and recurrent bias were added to one"))
+    crossed = row_channels(row, kind, layer.channels)
+    way = row_layout(row, kind, crossed, convention.flatten)
+    sizes = _sizes(bound.sizes, row, crossed)
+    if kind == "prelu" and data.shape == (1,) and bound.sizes.get("feature", 1) > 1:
+        data = data.take(0, (0,) * bound.sizes["feature"])
+        out.applied.append(("broadcast", where, "one slope written once per channel"))
+    native = way.to_native(data, sizes)
+    braces = brace_axes(row.name)
+    if not braces:
+        return {names[0].text: native}
+    flat = native.merge(0, len(braces))
+    return {name.text: flat.take(0, (i,)).split(0, ()) for i, name in enumerate(names)}
+
+
+def _fitted(
+    piece: Tensor, name: str, where: str, want: Mapping[str, NativeTensor] | None, cast: bool, out: Written
+) -> Tensor | None:
+    if want is None:
+        return piece
+    goal = want[name].data
+    if piece.shape != goal.shape:
+        out.problems.append(
+            Problem(
+                f"{where}.{name}",
+                f"shape {piece.shape}",
+                f"the template's {goal.shape}",
+                "check that both models have the same sizes",
+            )
+        )
+        return None
+    if piece.dtype == goal.dtype:
+        return piece
+    if rules.widens(piece.dtype, goal.dtype):
+        out.applied.append(("widen", where, f"{name} from {piece.dtype} to {goal.dtype}"))
+    elif cast:
+        out.losses.append(("narrow", where, f"{name} from {piece.dtype} to {goal.dtype}"))
+    else:
+        out.problems.append(
+            Problem(
+                f"{where}.{name}",
+                f"{piece.dtype} elements",
+                f"the template's {goal.dtype} without loss",
+                "pass --cast to convert all the same",
+            )
+        )
+        return None
+    return piece.cast(goal.dtype)
+
+
+def _dropped(role: str, tensor: CanonicalTensor, layer: CanonicalLayer, where: str, out: Written) -> None:
+    value = rules.default_value(role)
+    if value is not None and math.prod(tensor.data.shape) <= 1 << 24 and rules.is_all(tensor.data, value):
+        out.applied.append(("drop_default", where, f"{role} of {layer.path} left out: all {value:g}"))
+        return
+    out.problems.append(
+        Problem(
+            where,
+            f"{role} in {layer.path}",
+            f"a place for it in the {layer.kind} it goes to",
+            "use a template that has it",
+        )
+    )
+
+
+def binding_for(
+    layer_parts: Sequence[CanonicalLayer], classes: str, convention: Convention, config: Mapping[str, Any]
+) -> Binding | str:
+    """The first form of a native class into which these canonical layers fit, bound by their canonical shapes."""
+    reasons = []
+    forms = (
+        *convention.build(classes, config),
+        *(f for f in convention.forms if classes in f.classes and f.applies(config)),
+    )
+    for form in forms:
+        bound = _bind_canonical(form, layer_parts)
+        if not isinstance(bound, str):
+            return bound
+        reasons.append(bound)
+    return "; ".join(dict.fromkeys(reasons)) or f"{convention.framework} has no {classes} that neutral knows"
+
+
+def _bind_canonical(form: Form, layers: Sequence[CanonicalLayer]) -> Binding | str:
+    if not form.levels and len(form.parts) != len(layers):
+        return f"it stores {len(form.parts)} layers as one"
+    parts = []
+    for i, layer in enumerate(layers):
+        part, level = (form.parts[0], i) if form.levels else (form.parts[i], 0)
+        bound = _bind_canonical_part(part, level, layer)
+        if isinstance(bound, str):
+            return bound
+        parts.append(bound)
+    return Binding(form, tuple(parts))
+
+
+def _bind_canonical_part(part: Part, level: int, layer: CanonicalLayer) -> BoundPart | str:
+    if not compatible(part.kind, layer.kind):
+        return f"it stores a {part.kind}, not a {layer.kind}"
+    roles = dict(layer.weights)
+    if "kernel_direction" in roles or "kernel_raw" in roles:
+        stored = next(role for role in ("kernel_direction", "kernel_raw") if role in roles)
+        if not any(row.role == stored for row in part.rows):
+            roles["kernel"] = roles.pop(stored)
+            for role in ("kernel_magnitude", "kernel_u", "kernel_v"):
+                roles.pop(role, None)
+    after = layer.attributes.get("reset_after")
+    one_bias = any(row.rule == "one_bias" for row in part.rows)
+    if layer.kind == "gru" and after is not None and "bias" in roles and after == one_bias:
+        return "its reset gate acts elsewhere (reset_after differs)"
+    sizes: dict[str, int] = {
+        axis: layer.attributes[name]
+        for axis, name in (("head", "heads"), ("kv_head", "kv_heads"))
+        if name in layer.attributes
+    }
+    if "groups" in layer.attributes and part.kind == "depthwise":
+        sizes["group"] = layer.attributes["groups"]
+    rows = []
+    for row in part.rows:
+        names = [name.text for name in expand(row.role)]
+        if not all(name in roles for name in names):
+            if row.required:
+                return f"{names[0]} is missing"
+            continue
+        rows.append(row)
+        tensors = [roles.pop(name) for name in names]
+        if row.raw:
+            continue
+        directed = "direction" in tensors[0].axes
+        if directed != _directed(row):
+            return "it has another number of directions"
+        shape = tensors[0].data.shape
+        if any(t.data.shape != shape for t in tensors):
+            return f"{' and '.join(names)} differ in shape"
+        if row.rule == "one_bias":
+            axis = _side_axis(row)
+            shape = shape[:axis] + shape[axis + 1 :]
+        full = (*((len(names),) if brace_axes(row.role) else ()), *shape)
+        try:
+            sizes.update(row_layout(row, part.kind).bind_canonical(full, sizes))
+        except BadLayout as error:
+            return f"{row.role} {shape} does not fit {error.problems[0].where}"
+    if roles:
+        return f"no place for {', '.join(sorted(roles))}"
+    if not part.check(sizes):
+        return "its sizes contradict each other"
+    return BoundPart(part, level, tuple(rows), sizes)
+
+
+def source_binding(
+    layers: Sequence[CanonicalLayer], convention: Convention, config: Mapping[str, Any] | None = None
+) -> Binding | None:
+    """The form that layers had in their own framework, from the local names recorded when they were read."""
+    first = layers[0]
+    names = {local for layer in layers for t in layer.weights.values() for local in t.native}
+    built = convention.build(first.native or "", config or {})
+    for form in (*built, *convention.forms):
+        if first.native is not None and first.native not in form.classes:
+            continue
+        bound = _bind_canonical(form, layers)
+        if isinstance(bound, str):
+            continue
+        mine = {n.text for part in bound.parts for row in part.rows for n in expand(row.name, part.level)}
+        if mine == names:
+            return bound
+    return None

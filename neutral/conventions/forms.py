@@ -1,0 +1,173 @@
+"""What a convention is made of.
+
+A convention is a tuple of forms. A `Form` says how one native class stores one or more canonical layers; a `Part` is
+one of these layers; a `Row` is one line of the table: canonical role, native name, native axes. Reader and writer are
+the two directions of the same row.
+
+    Row("kernel", "weight", "out in")                       torch's Linear
+    Row("input_kernel", "weight_ih_l{level}{direction:|_reverse}", "(gate:ifgo unit) in")
+
+A brace in a native name is an axis across tensors: its alternatives, in the axis' order, stand between bars. A brace
+in a role is an axis across roles. `{level}` counts the layers of a stack, which become layers of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+from neutral.schema.kinds import KINDS
+
+Config = Mapping[str, Any]
+Sizes = Mapping[str, int]
+Attributes = Callable[[Config, Sizes], dict[str, Any]]
+
+LETTERS: dict[str, str] = {
+    "input": "i", "forget": "f", "cell": "g", "output": "o",
+    "reset": "r", "update": "z", "new": "n", "recurrent": "r",
+}  # fmt: skip
+"""The letter that stands for a labelled block in a layout expression."""
+
+_BRACE = re.compile(r"\{(\w+)(?::([^}]*))?\}")
+
+
+@dataclass(frozen=True)
+class Name:
+    """One concrete tensor or role name that a pattern stands for, and its place along each brace's axis."""
+
+    text: str
+    place: tuple[int, ...]
+
+
+@lru_cache(maxsize=4096)
+def expand(pattern: str, level: int = 0) -> tuple[Name, ...]:
+    """All the names of a pattern.
+
+    >>> [n.text for n in expand("bias_{side:ih|hh}_l{level}", 2)]
+    ['bias_ih_l2', 'bias_hh_l2']
+    """
+    pattern = pattern.replace("{level}", str(level))
+    pieces = _BRACE.split(pattern)
+    literals, braces = pieces[0::3], [text.split("|") for text in pieces[2::3]]
+    names = []
+    for place in product(*(range(len(options)) for options in braces)):
+        text = literals[0]
+        for options, i, literal in zip(braces, place, literals[1:], strict=True):
+            text += options[i] + literal
+        names.append(Name(text, place))
+    return tuple(names)
+
+
+@lru_cache(maxsize=4096)
+def brace_axes(pattern: str) -> tuple[tuple[str, int], ...]:
+    """The axes that a pattern's braces stand for, with their sizes."""
+    return tuple((name, len(options.split("|"))) for name, options in _BRACE.findall(pattern.replace("{level}", "0")))
+
+
+@lru_cache(maxsize=1024)
+def role_expression(kind: str, role: str) -> str:
+    """A role's canonical axes as a layout expression, labels included.
+
+    >>> role_expression("gru", "bias")
+    'side:ir gate:rzn unit'
+    """
+    spec = KINDS[kind].parameters_of[role]
+    words = []
+    for axis in spec.axes:
+        letters = "".join(LETTERS[label] for label in spec.labels.get(axis, ()))
+        words.append(f"{axis}:{letters}" if letters else axis)
+    return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter: canonical `role`, native `name`, native axes.
+
+    `canonical` replaces the kind's own axes where the native form needs finer ones. `rule` names a change of values
+    (see rules.py). A `raw` row has no canonical axes: its tensor is kept as it is.
+    """
+
+    role: str
+    name: str
+    native: str = ""
+    canonical: str = ""
+    rule: str = ""
+    required: bool = False
+    raw: bool = False
+
+
+def no_attributes(config: Config, sizes: Sizes) -> dict[str, Any]:
+    return {}
+
+
+def any_sizes(sizes: Sizes) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Part:
+    """One canonical layer in a native one. `check` says whether the bound axis sizes can be true."""
+
+    kind: str
+    rows: tuple[Row, ...]
+    suffix: str = ""
+    attributes: Attributes = no_attributes
+    check: Callable[[Sizes], bool] = any_sizes
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the native `classes` store their layers.
+
+    `applies` looks at the native config where there is one. `levels`: the single part repeats per level of a stack.
+    `guessable`: the form may be recognised from names and shapes where the class is not known.
+    """
+
+    classes: tuple[str, ...]
+    parts: tuple[Part, ...]
+    levels: bool = False
+    guessable: bool = True
+    applies: Callable[[Config], bool] = field(default=lambda config: True)
+
+
+@dataclass(frozen=True)
+class Convention:
+    """All that neutral knows of how one framework stores layers.
+
+    `forms`: the table, most specific first; `build` may add forms that depend on a layer's config (einsum equations).
+    `flatten`: how a Flatten orders what it joins, as a layout expression of `channel` and `position`.
+    `stateless`: local names of tensors that are no weights.
+    """
+
+    framework: str
+    forms: tuple[Form, ...]
+    flatten: str
+    build: Callable[[str, Config], tuple[Form, ...]] = field(default=lambda cls, config: ())
+
+
+def layer(
+    kind: str,
+    *rows: Row,
+    attributes: Attributes = no_attributes,
+    check: Callable[[Sizes], bool] = any_sizes,
+    suffix: str = "",
+) -> Part:
+    """A part, its required rows marked from the kind's own table."""
+    spec = KINDS[kind].parameters_of
+    marked = tuple(
+        Row(
+            r.role,
+            r.name,
+            r.native,
+            r.canonical,
+            r.rule,
+            r.required or (r.role in spec and spec[r.role].required),
+            r.raw,
+        )
+        for r in rows
+    )
+    return Part(kind, marked, suffix, attributes, check)

@@ -1,0 +1,10 @@
+"""How TensorFlow's files store layers: as Keras does, for it is Keras that makes them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from neutral.conventions.keras import KERAS
+from neutral.conventions.forms import Convention
+
+TENSORFLOW: Convention = replace(KERAS, framework="tensorflow")

@@ -1,0 +1,308 @@
+"""Pairs the layers of an archive with those of a template.
+
+By an explicit map, by equal names (normalised), and, for what is left, by structure: a kind with these canonical
+shapes that stands once on each side; or several of them, if both sides know the order of computation. Never by chance:
+what could be paired in two ways is refused with the candidates, and every layer of both sides is accounted for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from neutral.canon import CanonicalLayer, compatible
+from neutral.errors import Problem, Refused, raise_all
+from neutral.schema.kinds import KINDS
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models: its layers in canonical form, and whether their order is the order of computation."""
+
+    layers: Sequence[CanonicalLayer]
+    ordered: bool
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A layer of the archive, the layer of the template that it goes to, and how that is known."""
+
+    source: str
+    target: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """All pairs, and the layers that the caller allowed to stay out."""
+
+    pairs: tuple[Pair, ...]
+    unused: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+
+
+def normalised(path: str) -> str:
+    """A layer path without what frameworks add to it or write differently.
+
+    >>> normalised("module.Encoder/RNN_1"), normalised("encoder.rnn_1")
+    ('encoder.rnn_1', 'encoder.rnn_1')
+    """
+    parts = [part for part in re.split(r"[./]", path.lower()) if part]
+    while len(parts) > 1 and parts[0] in ("module", "_orig_mod", "model", "network", "net"):
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def pair_layers(
+    source: Side,
+    target: Side,
+    *,
+    mapping: Mapping[str, str] | None = None,
+    allow_unused: Sequence[str] = (),
+    allow_missing: Sequence[str] = (),
+) -> Pairing:
+    """The one pairing of two models, or `Refused` with all that stands in its way.
+
+    `mapping` maps source paths to target paths. `allow_unused` and `allow_missing` are globs on the paths of source and
+    target layers that may stay without a partner.
+    """
+    left = {layer.path: layer for layer in source.layers if layer.weights}
+    right = {layer.path: layer for layer in target.layers if layer.weights}
+    pairs: dict[str, Pair] = {}
+    problems: list[Problem] = []
+    _by_map(left, right, mapping or {}, pairs, problems)
+    raise_all(Refused, problems)
+    _by_name(left, right, pairs, problems)
+    raise_all(Refused, problems)
+    _by_structure(source, target, left, right, pairs, problems)
+    unused = tuple(path for path in left if any(fnmatchcase(path, p) for p in allow_unused))
+    missing = tuple(path for path in right if any(fnmatchcase(path, p) for p in allow_missing))
+    for path in left.keys() - set(unused):
+        problems.append(_left_over(path, left[path], right.values(), "archive", "template", "--allow-unused"))
+    for path in right.keys() - set(missing):
+        problems.append(_left_over(path, right[path], left.values(), "template", "archive", "--allow-missing"))
+    raise_all(Refused, sorted(problems, key=lambda p: p.where))
+    order = {layer.path: i for i, layer in enumerate(source.layers)}
+    return Pairing(tuple(sorted(pairs.values(), key=lambda p: order[p.source])), unused, missing)
+
+
+def _left_over(path: str, layer: CanonicalLayer, others: Any, mine: str, theirs: str, flag: str) -> Problem:
+    near = [other.path for other in others if not conflicts(layer, other)]
+    candidates = f"; candidates: {', '.join(near[:8])}" if near else ""
+    return Problem(
+        path,
+        f"a {_described(layer)} of the {mine} without a partner",
+        f"exactly one in the {theirs}{candidates}",
+        f"pair it in a --map file, or pass {flag} '{path}'",
+    )
+
+
+def _by_map(
+    left: dict[str, CanonicalLayer],
+    right: dict[str, CanonicalLayer],
+    mapping: Mapping[str, str],
+    pairs: dict[str, Pair],
+    problems: list[Problem],
+) -> None:
+    taken: set[str] = set()
+    for source, target in mapping.items():
+        if source not in left:
+            problems.append(
+                Problem(
+                    source, "no such layer in the archive", f"one of {', '.join(list(left)[:12])}", "correct the map"
+                )
+            )
+        elif target not in right:
+            problems.append(
+                Problem(
+                    target, "no such layer in the template", f"one of {', '.join(list(right)[:12])}", "correct the map"
+                )
+            )
+        elif target in taken:
+            problems.append(Problem(target, "two layers mapped to it", "one", "correct the map"))
+        elif reason := conflicts(left[source], right[target]):
+            problems.append(Problem(f"{source} -> {target}", reason, "layers of one kind and size", "correct the map"))
+        else:
+            taken.add(target)
+            pairs[source] = Pair(source, target, "map")
+    _remove(left, right, pairs)
+
+
+def _by_name(
+    left: dict[str, CanonicalLayer], right: dict[str, CanonicalLayer], pairs: dict[str, Pair], problems: list[Problem]
+) -> None:
+    ours, theirs = _index(left), _index(right)
+    for name in ours.keys() & theirs.keys():
+        if len(ours[name]) > 1 or len(theirs[name]) > 1:
+            continue
+        source, target = ours[name][0], theirs[name][0]
+        if reason := conflicts(left[source], right[target]):
+            problems.append(
+                Problem(
+                    f"{source} -> {target}",
+                    f"equal names but {reason}",
+                    "layers of one kind and size",
+                    "pair the layers in a --map file",
+                )
+            )
+        else:
+            pairs[source] = Pair(source, target, "name" if source == target else "name, normalised")
+    _remove(left, right, pairs)
+
+
+def _index(layers: Mapping[str, CanonicalLayer]) -> dict[str, list[str]]:
+    index: dict[str, list[str]] = {}
+    for path in layers:
+        index.setdefault(normalised(path), []).append(path)
+    return index
+
+
+def _by_structure(
+    source: Side,
+    target: Side,
+    left: dict[str, CanonicalLayer],
+    right: dict[str, CanonicalLayer],
+    pairs: dict[str, Pair],
+    problems: list[Problem],
+) -> None:
+    """Layers that only one partner can be of; then equal ones in the order of computation, if both sides have one."""
+    friends = {path: [other for other in right if not conflicts(layer, right[other])] for path, layer in left.items()}
+    claims = {other: [path for path in friends if other in friends[path]] for other in right}
+    for path, found in friends.items():
+        if len(found) == 1 and len(claims[found[0]]) == 1:
+            pairs[path] = Pair(path, found[0], "the only layer of its kind and shapes")
+    _remove(left, right, pairs)
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for path in left:
+        groups.setdefault(tuple(friends[path]), []).append(path)
+    for others, paths in groups.items():
+        rest = [other for other in others if other in right]
+        claimed = {path for other in rest for path in claims[other]}
+        if len(rest) != len(paths) or claimed - set(paths):
+            continue
+        if _in_order(source, paths) and _in_order(target, rest):
+            for path, other in zip(paths, rest, strict=True):
+                pairs[path] = Pair(path, other, "order among layers of equal kind and shapes")
+    _remove(left, right, pairs)
+
+
+def _in_order(side: Side, paths: Sequence[str]) -> bool:
+    """True if the order of these layers is the order of computation: of the whole model, or within one stack."""
+    if side.ordered:
+        return True
+    stacks = {layer.native_path for layer in side.layers if layer.path in set(paths)}
+    return len(stacks) == 1
+
+
+def _remove(left: dict[str, CanonicalLayer], right: dict[str, CanonicalLayer], pairs: Mapping[str, Pair]) -> None:
+    for pair in pairs.values():
+        left.pop(pair.source, None)
+        right.pop(pair.target, None)
+
+
+def kinds_of(layer: CanonicalLayer) -> tuple[str, ...]:
+    """The kinds that a layer can be of."""
+    return layer.candidates if layer.kind == "unknown" else (layer.kind,)
+
+
+def conflicts(source: CanonicalLayer, target: CanonicalLayer) -> str:
+    """Why the weights of one layer cannot be those of another, or '' if they can."""
+    if source.kind == target.kind == "unknown":
+        if {r: t.data.shape for r, t in source.weights.items()} == {r: t.data.shape for r, t in target.weights.items()}:
+            return ""
+        return f"{_described(source)} against {_described(target)}"
+    if source.kind == "unknown" or target.kind == "unknown":
+        unknown, known = (source, target) if source.kind == "unknown" else (target, source)
+        if any(compatible(kind, known.kind) for kind in unknown.candidates) and _sizes(unknown) == _sizes(known):
+            return ""
+        return f"{_described(source)} against {_described(target)}"
+    if not compatible(source.kind, target.kind):
+        return f"a {source.kind} against a {target.kind}"
+    ours, theirs = _comparable(source), _comparable(target)
+    for role in ours.keys() & theirs.keys():
+        if ours[role] != theirs[role]:
+            return f"{role} {source.tensors[role].data.shape} against {target.tensors[role].data.shape}"
+    if "kernel" in _required(source.kind) and not (ours.keys() & theirs.keys()):
+        return f"{_described(source)} against {_described(target)}"
+    return ""
+
+
+def _required(kind: str) -> set[str]:
+    return {role for role, spec in KINDS[kind].parameters_of.items() if spec.required}
+
+
+def _comparable(layer: CanonicalLayer) -> dict[str, tuple[int, ...]]:
+    """Canonical shapes by role; the direction of a reparametrized kernel counts as the kernel."""
+    alias = {"kernel_direction": "kernel", "kernel_raw": "kernel"}
+    skip = ("kernel_magnitude", "kernel_u", "kernel_v", "bias")
+    shapes = {alias.get(role, role): tensor.data.shape for role, tensor in layer.weights.items() if role not in skip}
+    if layer.kind == "prelu":
+        return {role: () if len(shape) == 1 else shape for role, shape in shapes.items()}
+    return shapes
+
+
+def _sizes(layer: CanonicalLayer) -> list[int]:
+    """Element counts of the tensors of a layer, whatever their axes; zero sides of a bias are not counted."""
+    return sorted(tensor.data.size for role, tensor in layer.weights.items() if not role.endswith("bias"))[-1:]
+
+
+def _described(layer: CanonicalLayer) -> str:
+    shapes = ", ".join(f"{role} {tensor.data.shape}" for role, tensor in layer.weights.items())
+    return f"{layer.kind} ({shapes})"
+
+
+_BEHAVIOUR = (
+    "eps",
+    "groups",
+    "strides",
+    "dilation",
+    "reset_after",
+    "recurrent_activation",
+    "activation",
+    "heads",
+    "kv_heads",
+    "equation",
+    "go_backwards",
+    "merge_mode",
+    "output_padding",
+)
+_REMARK = ("padding", "padding_mode", "decay", "padding_idx")
+_WIRED_OUTSIDE = ("dense", "conv", "depthwise", "conv_transpose", "einsum_dense")
+
+
+def differing_settings(
+    source: CanonicalLayer, target: CanonicalLayer, wired_alike: bool
+) -> tuple[list[Problem], list[str]]:
+    """Settings that both layers know and that differ: those that change the result, and remarks.
+
+    What a framework may do outside of the layer (an activation behind it, padding before it) is compared only if both
+    models wire it inside (`wired_alike`).
+    """
+    problems, remarks = [], []
+    where = source.path if source.path == target.path else f"{source.path} -> {target.path}"
+    for name in _BEHAVIOUR:
+        a, b = source.attributes.get(name), target.attributes.get(name)
+        outside = (name == "activation" and source.kind in _WIRED_OUTSIDE) or name in (
+            "go_backwards",
+            "merge_mode",
+            "output_padding",
+        )
+        if a is None or b is None or _equal(a, b) or (outside and not wired_alike):
+            continue
+        problems.append(Problem(where, f"{name} {a}", f"the template's {b}", f"build the template with {name}={a}"))
+    for name in _REMARK:
+        a, b = source.attributes.get(name), target.attributes.get(name)
+        if a is not None and b is not None and not _equal(a, b):
+            remarks.append(f"{where}: {name} is {a} in the source and {b} in the template")
+    return problems, remarks
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, float | int):
+        return abs(a - b) <= 1e-6 * max(abs(a), abs(b)) + 1e-12
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)

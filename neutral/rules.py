@@ -1,0 +1,151 @@
+"""Changes of values that no layout can say: a closed list, each declared exact or lossy.
+
+>>> import numpy as np
+>>> from neutral.native import from_array
+>>> both = add_zero_bias(from_array(np.array([1.0, 2.0])), axis=0)
+>>> both.read()
+array([[1., 2.],
+       [0., 0.]])
+>>> merged = merge_biases(both, axis=0)
+>>> merged.tensor.read(), merged.exact
+(array([1., 2.]), True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from neutral.native import Computed, Tensor, from_array, stack
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One change of values: its name, whether it can be undone to the bit, and how a report speaks of it."""
+
+    name: str
+    exact: bool
+    says: str
+
+
+RULES: Mapping[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        Rule("one_bias", True, "one recurrent bias is read as an input bias, the recurrent one zero"),
+        Rule("merge_biases", False, "input and recurrent bias are added to one"),
+        Rule("default", True, "a parameter that the source does without is filled with its neutral value"),
+        Rule("drop_default", True, "a parameter of neutral values is left out"),
+        Rule("effective_kernel", False, "a reparametrized kernel is written as the kernel it stands for"),
+        Rule("magnitude", False, "a kernel is split into magnitude and direction"),
+        Rule("broadcast", True, "one shared slope is written once per channel"),
+        Rule("widen", True, "elements are converted to a wider dtype"),
+        Rule("narrow", False, "elements are converted to a narrower dtype"),
+    )
+}
+
+DEFAULTS: Mapping[str, float] = {"bias": 0.0, "scale": 1.0, "mean": 0.0, "variance": 1.0}
+"""The neutral value of a parameter that one side has and the other does without, by the end of its role."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a rule made, and whether it could be undone."""
+
+    tensor: Tensor
+    exact: bool
+
+
+def add_zero_bias(bias: Tensor, axis: int) -> Tensor:
+    """A single recurrent bias as two sides, the second zero."""
+    zeros = from_array(np.broadcast_to(np.zeros((), bias.dtype), bias.shape))
+    return stack((bias, zeros), axis)
+
+
+def merge_biases(bias: Tensor, axis: int) -> Applied:
+    """Two sides of a recurrent bias as one: the first to the bit if the second is zero, else their sum."""
+    first, second = (bias.take(axis, (side,)).split(axis, ()) for side in (0, 1))
+    if not second.read().any():
+        return Applied(first, True)
+    dtype = bias.dtype
+    return Applied(Computed(first.shape, dtype, lambda: (first.read() + second.read()).astype(dtype)), False)
+
+
+def default_value(role: str) -> float | None:
+    """The neutral value of a role (`query_bias` counts as a bias), or None if it has none."""
+    return DEFAULTS.get(role.rpartition("_")[2])
+
+
+def filled(value: float, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Tensor:
+    """A tensor of one value."""
+    return from_array(np.broadcast_to(np.asarray(value, dtype), shape))
+
+
+def is_all(tensor: Tensor, value: float) -> bool:
+    """True if every element is `value`."""
+    return all(bool((tile == np.asarray(value, tile.dtype)).all()) for tile in tensor.tiles())
+
+
+def weight_norm_kernel(magnitude: Tensor, direction: Tensor) -> Tensor:
+    """magnitude · direction / |direction|, the norm over all axes on which the magnitude has one element."""
+
+    def compute() -> Any:
+        wide = np.promote_types(direction.dtype, np.float32)
+        v = direction.read().astype(wide)
+        g = magnitude.read().astype(wide)
+        axes = tuple(i for i in range(v.ndim) if g.ndim == 0 or g.shape[i] == 1)
+        norm = np.sqrt((v * v).sum(axis=axes, keepdims=True))
+        return (v * (g / norm)).astype(direction.dtype)
+
+    return Computed(direction.shape, direction.dtype, compute)
+
+
+def weight_norm_magnitude(kernel: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The norm of a kernel over all axes on which `shape` (the magnitude's) has one element."""
+
+    def compute() -> Any:
+        wide = np.promote_types(kernel.dtype, np.float32)
+        v = kernel.read().astype(wide)
+        axes = tuple(i for i in range(v.ndim) if not shape or shape[i] == 1)
+        return np.sqrt((v * v).sum(axis=axes, keepdims=True)).reshape(shape).astype(kernel.dtype)
+
+    return Computed(shape, kernel.dtype, compute)
+
+
+def spectral_norm_kernel(raw: Tensor, u: Tensor, v: Tensor, axis: int) -> Tensor:
+    """raw / sigma with sigma = u · raw · v, raw as a matrix whose rows are `axis` (another one if that cannot be)."""
+
+    def compute() -> Any:
+        wide = np.promote_types(raw.dtype, np.float32)
+        w = raw.read().astype(wide)
+        rows, columns = u.shape[0], v.shape[0]
+        order = [axis, *(i for i in range(w.ndim) if i != axis)]
+        row_axis = next(i for i in order if w.shape[i] == rows and w.size // w.shape[i] == columns)
+        matrix = np.moveaxis(w, row_axis, 0).reshape(rows, columns)
+        sigma = u.read().astype(wide) @ (matrix @ v.read().astype(wide))
+        return (w / sigma).astype(raw.dtype)
+
+    return Computed(raw.shape, raw.dtype, compute)
+
+
+def widens(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
+    """True if every value of one dtype is a value of the other.
+
+    >>> widens(np.dtype("float16"), np.dtype("float32")), widens(np.dtype("float32"), np.dtype("float16"))
+    (True, False)
+    """
+    if source.kind in "biu" and target.kind in "biufc":
+        return bool(np.can_cast(source, target, "safe"))
+    try:
+        return bool(np.promote_types(source, target) == target) and _finfo(source) <= _finfo(target)
+    except TypeError:
+        return False
+
+
+def _finfo(dtype: np.dtype[Any]) -> tuple[int, int]:
+    import ml_dtypes
+
+    info = ml_dtypes.finfo(np.float32 if dtype.kind == "c" else dtype)
+    return int(info.nmant), int(info.maxexp)
