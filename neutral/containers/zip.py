@@ -66,6 +66,7 @@ _DESCRIPTORS = (
 )
 
 _CHUNK = 4 << 20
+_HEAD = 16 << 10
 _IN_MEMORY = 8 << 20
 _LARGEST_DIRECTORY = 64 << 20
 _LARGEST_RATIO = 1032  # DEFLATE's densest code: 258 bytes in two bits
@@ -124,12 +125,14 @@ class ZipSource:
         self._end = _find_end(file)
         self.members = _read_members(file, self._end)
         self._inflated: OrderedDict[str, Storage] = OrderedDict()
+        self._progress: dict[str, _Progress] = {}
 
     def open(self, name: str) -> Storage:
         """A member's content. Reading it from start to end, or reading it out of order, checks its CRC."""
         member = self._member(name)
         if member.method == STORED:
-            return _Checked(self.file, member.data_offset, member.size, self, member, _Progress())
+            progress = self._progress.setdefault(name, _Progress())
+            return _Checked(self.file, member.data_offset, member.size, self, member, progress)
         _check_ratio(self.file, member)
         return _Inflated(self, member)
 
@@ -169,6 +172,9 @@ class ZipSource:
         if name not in self.members:
             _refuse(self.file, f"no member {name!r}", "one of that name")
         return self.members[name]
+
+    def _has_content(self, member: Member) -> bool:
+        return member.name in self._inflated
 
     def _content(self, member: Member) -> Storage:
         """A compressed member's content; the last few asked for are kept."""
@@ -212,7 +218,7 @@ class _Checked(Section):
 
 @dataclass(frozen=True)
 class _Inflated:
-    """A compressed member, inflated when it is first read."""
+    """A compressed member, inflated when more than its head is first read."""
 
     source: ZipSource
     member: Member
@@ -222,7 +228,12 @@ class _Inflated:
         return self.member.size
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        self.source._content(self.member).read_into(offset, buffer)
+        if 0 <= offset <= offset + len(buffer) <= _HEAD < self.member.size and not self.source._has_content(
+            self.member
+        ):
+            buffer[:] = _inflate_head(self.source.file, self.member, offset + len(buffer))[offset:]
+        else:
+            self.source._content(self.member).read_into(offset, buffer)
 
 
 @dataclass(frozen=True)
@@ -277,6 +288,15 @@ def _inflate(file: SourceFile, member: Member) -> Iterator[bytes]:
             file, f"member {member.name!r} that inflates to {size} bytes", f"{member.size}, and nothing behind them"
         )
     _check_crc(file, member, crc)
+
+
+def _inflate_head(file: SourceFile, member: Member, length: int) -> bytes:
+    head = b""
+    for data in _inflate(file, member):
+        head += data
+        if len(head) >= length:
+            break
+    return head[:length]
 
 
 def _inflate_chunk(file: SourceFile, member: Member, machine: Any, chunk: memoryview) -> Iterator[bytes]:
