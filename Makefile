@@ -1,0 +1,67 @@
+# make demo   LeNet-5 from torch to Keras, trained and compared here
+# make test   the whole test suite
+# make check  ruff, mypy, import-linter, the README table, the tests against the built wheel
+# make table  write the support table into the README
+# make bench  speed and memory, beside cp and the hand-written way
+#
+# Each makes .venv first if it is missing or older than pyproject.toml and constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt
+READY := $(VENV)/.ready
+
+# What the tests see of the machine: no GPU, no chatter.
+export CUDA_VISIBLE_DEVICES :=
+export TF_CPP_MIN_LOG_LEVEL := 3
+export TF_ENABLE_ONEDNN_OPTS := 0
+export KERAS_BACKEND := tensorflow
+
+.PHONY: demo test check lint types layers readme wheel table bench clean
+
+demo: $(READY)
+	$(BIN)/python demo/lenet5.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: lint types layers readme wheel
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+layers: $(READY)
+	$(BIN)/lint-imports
+
+readme: $(READY)
+	$(BIN)/python -m tests.table --check
+
+wheel: $(READY)
+	bash tests/wheel.sh $(BIN)/python
+
+table: $(READY)
+	$(BIN)/python -m tests.table
+
+bench: $(READY)
+	$(BIN)/python bench/bench.py
+
+clean:
+	rm -rf $(VENV) build dist demo-out *.egg-info
+
+# torch first: what is already there satisfies the later steps. tf_keras asks for the large tensorflow package
+# and works beside tensorflow-cpu, so its dependencies are left out.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'neutral needs Python 3.11 or newer: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@echo 'making $(VENV) (some minutes the first time)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) setuptools wheel
+	$(PIP) --no-build-isolation -e '.[all,dev]'
+	$(PIP) --no-deps tf_keras
+	@touch $@
