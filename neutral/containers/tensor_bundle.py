@@ -216,8 +216,12 @@ class Bundle:
         return self._shards[number]
 
     @property
-    def shard_count(self) -> int:
-        return len(self._shards)
+    def index_path(self) -> Path:
+        return _index_path(self.prefix)
+
+    @property
+    def shard_paths(self) -> list[Path]:
+        return [shard.path for shard in self._shards]
 
     def stored_dtype(self, key: str) -> np.dtype[Any]:
         """The dtype of an entry in the byte order of the file."""
@@ -707,7 +711,7 @@ def replace_tensors(bundle: Bundle, tensors: Mapping[str, Tensor], prefix: Path,
     if problems:
         raise Refused(*problems)
     patched = bytearray(bundle.index)
-    with _new_bundle(prefix, bundle.shard_count, force) as (index, shards):
+    with _new_bundle(prefix, len(bundle.shard_paths), force) as (index, shards):
         for number, out in enumerate(shards):
             source, at = bundle.shard(number), 0
             here = sorted((p for p in parts if p[0].shard == number), key=lambda p: (p[0].offset, p[0].size))
