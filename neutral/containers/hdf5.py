@@ -88,8 +88,11 @@ class Hdf5Source:
         return self.datasets[path].tensor
 
 
-def open_hdf5(storage: Storage, where: str) -> Hdf5Source:
-    """The structure of the HDF5 file in `storage`; `where` names it in errors."""
+def open_hdf5(storage: Storage, where: str, elements: Storage | None = None) -> Hdf5Source:
+    """The structure of the HDF5 file in `storage`; `where` names it in errors.
+
+    Elements are read through `elements` where given: the same bytes behind a storage that checks them.
+    """
     if storage.nbytes < len(SIGNATURE):
         raise _broken(where, f"a file of {storage.nbytes} bytes")
     head = bytearray(len(SIGNATURE))
@@ -97,6 +100,7 @@ def open_hdf5(storage: Storage, where: str) -> Hdf5Source:
     if head != SIGNATURE:
         raise _broken(where, "a file that does not begin as HDF5 does")
     found = probe(storage, where)
+    storage = elements or storage
     datasets = {entry["path"]: _dataset(storage, where, entry) for entry in found["datasets"]}
     _refuse_overlap(where, datasets)
     return Hdf5Source(

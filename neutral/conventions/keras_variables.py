@@ -106,8 +106,8 @@ CONTAINERS = frozenset({"Sequential", "Functional", "Model"})
 
 WRAPPERS = frozenset({"Bidirectional", "TimeDistributed", "SpectralNormalization", "RNN", "StackedRNNCells"})
 
-WEIGHTLESS = frozenset(
-    """InputLayer Activation Dropout SpatialDropout1D SpatialDropout2D SpatialDropout3D AlphaDropout GaussianNoise
+_WEIGHTLESS = """
+    InputLayer Activation Dropout SpatialDropout1D SpatialDropout2D SpatialDropout3D AlphaDropout GaussianNoise
     GaussianDropout ActivityRegularization Flatten Reshape Permute RepeatVector Lambda Masking Identity Softmax ReLU
     LeakyReLU ELU ThresholdedReLU Add Subtract Multiply Average Maximum Minimum Concatenate Dot MaxPooling1D MaxPooling2D
     MaxPooling3D AveragePooling1D AveragePooling2D AveragePooling3D GlobalMaxPooling1D GlobalMaxPooling2D
@@ -116,8 +116,9 @@ WEIGHTLESS = frozenset(
     ZeroPadding1D ZeroPadding2D ZeroPadding3D Cropping1D Cropping2D Cropping3D UpSampling1D UpSampling2D UpSampling3D
     Rescaling Resizing CenterCrop RandomFlip RandomRotation RandomZoom RandomTranslation RandomCrop RandomContrast
     RandomBrightness CategoryEncoding Discretization Hashing StringLookup IntegerLookup TextVectorization
-    TFOpLambda SlicingOpLambda""".split()
-)
+    TFOpLambda SlicingOpLambda"""
+
+WEIGHTLESS = frozenset(_WEIGHTLESS.split())
 
 KNOWN = frozenset(VARIABLES) | frozenset(_PARTS) | CONTAINERS | WRAPPERS | WEIGHTLESS
 
