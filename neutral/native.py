@@ -51,6 +51,8 @@ class Tensor(ABC):
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    streams: bool = False
+    """True if blocks in C order are as cheap to get as the whole: the elements already lie in that order."""
 
     @abstractmethod
     def block(self, ranges: Sequence[Range]) -> Array:
@@ -73,7 +75,7 @@ class Tensor(ABC):
         """The elements in C order as 1-D contiguous pieces of at most `limit` bytes (one element at the least)."""
         if self.size == 0:
             return
-        if self.nbytes <= WHOLE:
+        if self.nbytes <= WHOLE and not self.streams:
             whole = self.block([(0, n) for n in self.shape])
             for ranges in _c_order_blocks(self.shape, max(1, limit // self.dtype.itemsize)):
                 piece = whole[tuple(slice(a, b) for a, b in ranges)]
@@ -145,6 +147,7 @@ class Stored(Tensor):
         self.dtype = self._stored_dtype.newbyteorder("=")
         self.offset = offset
         self.strides = _c_strides(self.shape) if strides is None else tuple(int(s) for s in strides)
+        self.streams = self.contiguous
 
     @property
     def contiguous(self) -> bool:
@@ -178,7 +181,7 @@ class Stored(Tensor):
 
     def _read(self, first: int, count: int) -> Array:
         flat = np.empty(count, self._stored_dtype)
-        buffer = memoryview(flat.view(np.uint8)).cast("B")
+        buffer = flat.view(np.uint8).data
         self.storage.read_into(self.offset + first * self._stored_dtype.itemsize, buffer)
         return flat
 
@@ -196,6 +199,7 @@ class _InMemory(Tensor):
         self._array = array
         self.shape = array.shape
         self.dtype = array.dtype.newbyteorder("=")
+        self.streams = True
 
     def block(self, ranges: Sequence[Range]) -> Array:
         return self._array[tuple(slice(a, b) for a, b in ranges)].astype(self.dtype, copy=False)
@@ -237,6 +241,7 @@ class _Split(Tensor):
     def __init__(self, base: Tensor, axis: int, sizes: tuple[int, ...]) -> None:
         assert math.prod(sizes) == base.shape[axis], (base.shape, axis, sizes)
         self._base, self._axis, self._sizes = base, axis, sizes
+        self.streams = base.streams
         self.shape = base.shape[:axis] + sizes + base.shape[axis + 1 :]
         self.dtype = base.dtype
 
@@ -267,6 +272,7 @@ class _Split(Tensor):
 class _Merged(Tensor):
     def __init__(self, base: Tensor, axis: int, count: int) -> None:
         self._base, self._axis, self._count = base, axis, count
+        self.streams = base.streams
         self._sizes = base.shape[axis : axis + count]
         self.shape = base.shape[:axis] + (math.prod(self._sizes),) + base.shape[axis + count :]
         self.dtype = base.dtype
@@ -313,6 +319,7 @@ class _Taken(Tensor):
 class _Stacked(Tensor):
     def __init__(self, parts: tuple[Tensor, ...], axis: int) -> None:
         self._parts, self._axis = parts, axis
+        self.streams = axis == 0 and all(part.streams for part in parts)
         first = parts[0]
         assert all(p.shape == first.shape and p.dtype == first.dtype for p in parts)
         self.shape = first.shape[:axis] + (len(parts),) + first.shape[axis:]
@@ -336,6 +343,7 @@ class _Cast(Tensor):
         self._base = base
         self.shape = base.shape
         self.dtype = dtype
+        self.streams = base.streams
 
     def block(self, ranges: Sequence[Range]) -> Array:
         return self._base.block(ranges).astype(self.dtype)
