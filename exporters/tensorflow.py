@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ from neutral.containers.saved_model import (
     object_graph,
 )
 from neutral.containers.tensor_bundle import DT_STRING, Bundle
+from neutral.conventions.keras_config import Slot, slots
+from neutral.conventions.keras_variables import STATE as STATE_VARIABLES
 from neutral.errors import BadFile, Problem, Unsupported, WrongUsage, printable
 from neutral.exporters.tensorflow_names import STATE, Group, by_name, by_place, natural, sort_keys
 from neutral.native import NativeLayer, NativeModel, NativeTensor, from_array
 
 CHECKPOINT, SAVED_MODEL = "checkpoint", "saved_model"
 
-_CELLS = {"LSTMCell": "LSTM", "GRUCell": "GRU", "SimpleRNNCell": "SimpleRNN"}
 _MODEL_IDENTIFIERS = frozenset(("_tf_keras_sequential", "_tf_keras_network", "_tf_keras_model"))
 
 
@@ -138,56 +140,26 @@ def _chosen(
 
 
 def _layer(group: Group, objects: Mapping[int, KerasObject], tensors: Mapping[str, NativeTensor]) -> NativeLayer:
-    cls, config = _described(objects.get(group.node) if group.node is not None else None, group.index)
+    slot = _described(objects.get(group.node) if group.node is not None else None, group.index)
+    state = STATE_VARIABLES.get(slot.cls if slot else "Normalization", frozenset())
     found = {
-        local: _state(tensors[key], "spectral/" in local or tensors[key].state) for local, key in group.locals.items()
+        local: _state(tensors[key], local.startswith("spectral/") or (local in state and not tensors[key].data.shape))
+        for local, key in group.locals.items()
     }
-    return NativeLayer(group.path, cls, found, config, "class" if cls else "none")
+    if slot is None:
+        return NativeLayer(group.path, None, found)
+    return NativeLayer(group.path, slot.cls, found, slot.config, "class" if slot.known else "none")
 
 
-def _described(known: KerasObject | None, index: int) -> tuple[str | None, dict[str, Any]]:
-    """Class and config of a layer, wrappers opened: what stays is the layer inside, with a remark on the wrapper."""
-    if known is None:
-        return None, {}
-    cls, config = known.metadata.get("class_name"), known.metadata.get("config")
-    remarks: dict[str, Any] = {}
-    while isinstance(config, dict) and cls in _WRAPPERS:
-        inner, remark = _WRAPPERS[cls](config, index)
-        if not isinstance(inner, dict):
-            break
-        remarks |= remark
-        cls, config = inner.get("class_name"), inner.get("config")
-        if "cell" in remark:
-            cls = _CELLS.get(cls, cls) if isinstance(cls, str) else cls
-    if not isinstance(cls, str):
-        return None, {}
-    return cls, {**(config if isinstance(config, dict) else {}), **remarks}
-
-
-def _bidirectional(config: dict[str, Any], index: int) -> tuple[object, dict[str, Any]]:
-    forward, backward = config.get("layer"), config.get("backward_layer", config.get("layer"))
-    same = isinstance(forward, dict) and isinstance(backward, dict)
-    if not same or forward.get("class_name") != backward.get("class_name"):  # type: ignore[union-attr]
-        return None, {}
-    return forward, {"bidirectional": True, "merge_mode": config.get("merge_mode")}
-
-
-def _cell(config: dict[str, Any], index: int) -> tuple[object, dict[str, Any]]:
-    cell = config.get("cell")
-    remark = {"cell": True} | {name: config[name] for name in ("go_backwards",) if name in config}
-    if isinstance(cell, dict) and cell.get("class_name") == "StackedRNNCells":
-        inside = cell.get("config")
-        cells = inside.get("cells") if isinstance(inside, dict) else None
-        return (cells[index] if isinstance(cells, list) and index < len(cells) else None), remark
-    return cell, remark
-
-
-_WRAPPERS = {
-    "TimeDistributed": lambda config, index: (config.get("layer"), {"time_distributed": True}),
-    "SpectralNormalization": lambda config, index: (config.get("layer"), {"spectral_normalization": True}),
-    "Bidirectional": _bidirectional,
-    "RNN": _cell,
-}
+def _described(known: KerasObject | None, index: int) -> Slot | None:
+    """What Keras says of a layer, wrappers opened; `index` is the cell's number where it is a stack of them."""
+    if known is None or "class_name" not in known.metadata:
+        return None
+    try:
+        found = slots({"class_name": "Sequential", "config": {"layers": [known.metadata]}})
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError):
+        return None
+    return found[index] if index < len(found) else None
 
 
 def _root_config(objects: Mapping[int, KerasObject]) -> dict[str, Any] | None:
@@ -220,17 +192,7 @@ def read_live(model: object) -> NativeModel:
         found.close()
         shutil.rmtree(folder, ignore_errors=True)
 
-    return NativeModel(
-        found.framework,
-        "live",
-        found.layers,
-        None,
-        found.ordered,
-        found.collections,
-        found.metadata,
-        found.notes,
-        close,
-    )
+    return replace(found, format="live", close=close)
 
 
 def _from_variables(variables: Mapping[Any, Any]) -> NativeModel:

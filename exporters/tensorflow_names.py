@@ -20,13 +20,25 @@ from neutral.containers.saved_model import Attribute, Node
 OPTIMIZER, METRICS, STATE = "optimizer", "metrics", "state"
 
 _LISTS = frozenset(
-    "variables trainable_variables non_trainable_variables _all_variables _trainable_variables "
-    "_non_trainable_variables _tracked keras_api regularization_losses signatures".split()
+    [
+        "variables",
+        "trainable_variables",
+        "non_trainable_variables",
+        "_all_variables",
+        "_trainable_variables",
+        "_non_trainable_variables",
+        "_tracked",
+        "keras_api",
+        "regularization_losses",
+        "signatures",
+    ]
 )
-_CONTAINERS = frozenset("_functional _operations _layers layers _self_tracked_trackables".split())
-_METRIC_EDGES = frozenset("metrics _metrics compiled_metrics compiled_loss _compile_metrics _loss_tracker".split())
-_RANDOM_EDGES = frozenset("_random_generator seed_generator _seed_generator".split())
-_ITERATIONS = frozenset("_iterations iterations iter".split())
+_CONTAINERS = frozenset(["_functional", "_operations", "_layers", "layers", "_self_tracked_trackables"])
+_METRIC_EDGES = frozenset(
+    ["metrics", "_metrics", "compiled_metrics", "compiled_loss", "_compile_metrics", "_loss_tracker"]
+)
+_RANDOM_EDGES = frozenset(["_random_generator", "seed_generator", "_seed_generator"])
+_ITERATIONS = frozenset(["_iterations", "iterations", "iter"])
 _ATTENTION = {
     prefix + name: local
     for prefix in ("", "_")
@@ -39,16 +51,23 @@ _ATTENTION = {
 }
 _ATTENTION_NAMES = frozenset(_ATTENTION.values())
 _DIRECTIONS = frozenset(("forward_layer", "backward_layer"))
-_ALIASES = frozenset("model net network module".split())
+_ALIASES = frozenset(["model", "net", "network", "module"])
 # What Keras 2 hangs on every layer of a SavedModel beside its own attributes.
 _BOOKKEEPING = _LISTS | frozenset(
-    "__call__ call_and_return_all_conditional_losses call_and_return_conditional_losses _default_save_signature "
-    "_random_generator state_spec input_spec".split()
+    [
+        "__call__",
+        "call_and_return_all_conditional_losses",
+        "call_and_return_conditional_losses",
+        "_default_save_signature",
+        "_random_generator",
+        "state_spec",
+        "input_spec",
+    ]
 )
-_WRAPPED = frozenset("layer kernel _kernel vector_u".split())
+_WRAPPED = frozenset(["layer", "kernel", "_kernel", "vector_u", "sn_u"])
 _POSITION = re.compile(r"layer(?:_with_weights)?-(\d+)\Z")
 _CELL = re.compile(r"(?:lstm|gru|simple_rnn)_cell(?:_\d+)?\Z")
-_NORM_LOCALS = frozenset("gamma beta moving_mean moving_variance".split())
+_NORM_LOCALS = frozenset(["gamma", "beta", "moving_mean", "moving_variance"])
 _SLOTS = re.compile(r"(?:Adam|Adadelta|Adagrad|Ftrl|Momentum|RMSProp|adam_[mv])(?:_\d+)?\Z")
 _AVERAGE = "ExponentialMovingAverage"
 _POWERS = re.compile(r"(?:.*/)?beta[12]_power(?:_\d+)?\Z")
@@ -105,7 +124,7 @@ def sort_keys(nodes: Sequence[Node], keys: Sequence[str], integer_scalars: froze
         else:
             listed.append((place.ranks, key, name))
     found.named = [(key, name or key) for _, key, name in sorted(listed)]
-    if rest := [key for key in sorted(wanted - seen, key=natural)]:
+    if rest := sorted(wanted - seen, key=natural):
         for key in rest:
             if kind := _named_collection(key, wanted):
                 found.collections.setdefault(kind, []).append(key)
@@ -347,7 +366,7 @@ def local_name(name: str, siblings: Sequence[str]) -> str:
         last = last.lstrip("_")
     if last == "depthwise_kernel" and not any(s.endswith("pointwise_kernel") for s in siblings):
         last = "kernel"
-    if last == "vector_u":
+    if last in ("vector_u", "sn_u"):
         last = "spectral/1"
     return head + slash + last
 
@@ -401,7 +420,7 @@ def _merged(groups: list[tuple[tuple[str, ...], dict[str, str]]]) -> list[tuple[
             family = {p[-1] for p in present if p[:-1] == path[:-1]}
             if _ATTENTION_NAMES - {"attention_output"} <= family:
                 target, prefix = path[:-1], path[-1] + "/"
-        elif len(path) > 1 and any(p == path[:-1] and "vector_u" in locals_ for p, locals_ in groups):
+        elif len(path) > 1 and any(p == path[:-1] and {"vector_u", "sn_u"} & locals_.keys() for p, locals_ in groups):
             target = path[:-1]
         names = {prefix + local: key for local, key in found.items()}
         known, parts = out.get(target, ({}, {path}))
