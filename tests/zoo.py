@@ -3,7 +3,7 @@
 The models of one case compute the same function when they hold the same weights. So: build and save the model of
 framework S, convert its file into a template of framework T, run the result in T, compare the two outputs.
 
->>> case = cases()["conv2d_same"]
+>>> case = cases()["conv2d_same_even"]
 >>> sorted(case.models)
 ['keras', 'tensorflow', 'torch']
 >>> case.models["torch"].inputs, case.models["keras"].inputs
@@ -82,8 +82,8 @@ class Case:
     `refusals`: pairs (source, target) that must be refused, with a word of the reason. `may_refuse`: pairs in which a
     refusal is acceptable, but a result must be right. `absent`: frameworks without the layer, and why. `stacks`:
     torch layer -> the several Keras layers it equals, in order; every other layer has the same path in all frameworks
-    (`a.b` in torch, `a/b` in Keras). `flatten`: torch layer after a flattened feature map -> number of channels.
-    `blind`: tensors that no forward pass can see, by framework; compare these by value.
+    (`a.b` in torch, `a/b` in Keras). `flatten`: torch layer after a flattened feature map -> number of channels;
+    `unflatten`: torch layer before its features become a feature map -> number of channels. `blind`: tensors that no forward pass can see, by framework; compare these by value.
     """
 
     name: str
@@ -96,6 +96,7 @@ class Case:
     absent: dict[str, str] = field(default_factory=dict)
     stacks: dict[str, tuple[str, ...]] = field(default_factory=dict)
     flatten: dict[str, int] = field(default_factory=dict)
+    unflatten: dict[str, int] = field(default_factory=dict)
     blind: dict[str, tuple[str, ...]] = field(default_factory=dict)
     notes: str = ""
 
@@ -367,18 +368,25 @@ def conv_padding(d: Sizes) -> Iterator[Case]:
     yield case(
         "conv2d_explicit_padding",
         "conv",
-        Input("nchw", (d(2), d(4), d(6), d(7))),
-        layer("layer", "Conv2d", in_channels=d(4), out_channels=d(7), kernel_size=(3, 5), padding=(1, 2)),
-        layer("layer", "Conv2D", filters=d(7), kernel_size=(3, 5), padding="same"),
+        Input("nchw", (d(2, 3), d(4, 3), d(6, 3), d(7, 3))),
+        layer(
+            "layer",
+            "Conv2d",
+            in_channels=d(4, 3),
+            out_channels=d(7, 3),
+            kernel_size=(3, d(5, 3)),
+            padding=(1, d(2, 1)),
+        ),
+        layer("layer", "Conv2D", filters=d(7, 3), kernel_size=(3, d(5, 3)), padding="same"),
     )
-    strided = {"in_channels": d(2), "out_channels": d(7), "kernel_size": (3, 4), "stride": 2}
+    strided = {"in_channels": d(2), "out_channels": d(7), "kernel_size": (d(3), 4), "stride": 2}
     yield case(
         "conv2d_same_stride",
         "conv",
         Input("nchw", (d(5), d(2), 8, 9)),
-        [layer("pad", "ZeroPad2d", padding=(1, 2, 0, 1)), layer("layer", "Conv2d", **strided)],
-        layer("layer", "Conv2D", filters=d(7), kernel_size=(3, 4), strides=2, padding="same"),
-        notes="'same' with a stride pads by the input size: here (0, 1) above and below, (1, 2) left and right",
+        [layer("pad", "ZeroPad2d", padding=(1, 2, d(0, 1), 1)), layer("layer", "Conv2d", **strided)],
+        layer("layer", "Conv2D", filters=d(7), kernel_size=(d(3), 4), strides=2, padding="same"),
+        notes="'same' with a stride pads by the input size, and one more behind where the sum is odd",
     )
     yield case(
         "conv2d_zero_padding",
@@ -387,16 +395,17 @@ def conv_padding(d: Sizes) -> Iterator[Case]:
         layer("layer", "Conv2d", **strided, padding=(1, 2)),
         [
             layer("pad", "ZeroPadding2D", padding=(1, 2)),
-            layer("layer", "Conv2D", filters=d(7), kernel_size=(3, 4), strides=2),
+            layer("layer", "Conv2D", filters=d(7), kernel_size=(d(3), 4), strides=2),
         ],
     )
     yield case(
         "conv2d_channels_first",
         "conv",
-        Input("nchw", (d(2), d(3), d(9, 7), d(11, 7))),
+        Input("nchw", (d(2), d(3), d(9, 7), d(11, 8))),
         layer("layer", "Conv2d", in_channels=d(3), out_channels=d(5), kernel_size=(d(4), d(6))),
         layer("layer", "Conv2D", filters=d(5), kernel_size=(d(4), d(6)), data_format="channels_first"),
         keras_axes=str,
+        notes="Keras 3 on TensorFlow adds the bias along the width where the width of the output equals the channels",
     )
 
 
@@ -854,13 +863,14 @@ def reparametrized(d: Sizes) -> Iterator[Case]:
 
 @family
 def flattened(d: Sizes) -> Iterator[Case]:
-    for rank, kernel, field_ in ((1, (4,), (11,)), (2, (4, 6), (8, 11)), (3, (2, 3, 4), (6, 8, 8))):
+    for rank, kernel, field_ in ((1, (4,), (11,)), (2, (4, 6), (8, 11)), (3, (3, 4, 5), (5, 6, 8))):
         size = tuple(d(k) for k in kernel)
         space = tuple(d(f, 7) for f in field_)
         left = [f - k + 1 for f, k in zip(space, size, strict=True)]
         features = int(np.prod(left)) * d(9)
         x = Input("nc" + SPACE[rank], (1, d(2), *space))
-        first = layer("first", f"Conv{rank}d", in_channels=d(2), out_channels=d(9), kernel_size=size)
+        shape = {"in_channels": d(2), "out_channels": d(9), "kernel_size": size}
+        first = layer("first", f"Conv{rank}d", **shape)
         entry = layer("first", f"Conv{rank}D", filters=d(9), kernel_size=size)
         flat = layer("flat", "Flatten")
         head = layer("head", "Linear", in_features=features, out_features=d(7))
@@ -920,9 +930,9 @@ def flattened(d: Sizes) -> Iterator[Case]:
             "conv2d_channels_first_flatten_dense",
             "flatten",
             x,
-            ours,
+            [layer("first", "Conv2d", **shape, bias=False), flat, head],
             [
-                layer("first", "Conv2D", filters=d(9), kernel_size=size, data_format="channels_first"),
+                layer("first", "Conv2D", filters=d(9), kernel_size=size, data_format="channels_first", use_bias=False),
                 layer("flat", "Flatten", data_format="channels_first"),
                 last,
             ],
@@ -935,9 +945,9 @@ def flattened(d: Sizes) -> Iterator[Case]:
             "conv2d_channels_first_plain_flatten_dense",
             "flatten",
             x,
-            ours,
+            [layer("first", "Conv2d", **shape, bias=False), flat, head],
             [
-                layer("first", "Conv2D", filters=d(9), kernel_size=size, data_format="channels_first"),
+                layer("first", "Conv2D", filters=d(9), kernel_size=size, data_format="channels_first", use_bias=False),
                 layer("flat", "Flatten", data_format="channels_last"),
                 last,
             ],
@@ -1003,36 +1013,30 @@ def decoder(d: Sizes) -> Iterator[Case]:
         [grow, unflat, layer("last", "ConvTranspose2d", in_channels=channels, out_channels=d(5), kernel_size=size)],
         [sprout, reshape, layer("last", "Conv2DTranspose", filters=d(5), kernel_size=size)],
         "nchw",
+        unflatten={"grow": channels},
         notes="the outputs of the dense layer lie on a feature map: its bias is permuted too",
     )
-    norm = layer("norm", "BatchNorm1d", num_features=channels * high * wide, eps=0.03)
+    size = (d(2), d(6))
     yield case(
         "dense_norm_reshape_conv2d",
         "flatten",
         x,
         [
             grow,
-            norm,
+            layer("norm", "BatchNorm1d", num_features=channels * high * wide, eps=0.03),
             layer("relu", "ReLU"),
             unflat,
-            layer("last", "Conv2d", in_channels=3, out_channels=5, kernel_size=2),
-        ]
-        if not d.equal
-        else [
-            grow,
-            norm,
-            layer("relu", "ReLU"),
-            unflat,
-            layer("last", "Conv2d", in_channels=4, out_channels=4, kernel_size=4),
+            layer("last", "Conv2d", in_channels=channels, out_channels=d(5), kernel_size=size),
         ],
         [
             sprout,
             layer("norm", "BatchNormalization", epsilon=0.03),
             layer("relu", "ReLU"),
             reshape,
-            layer("last", "Conv2D", filters=d(5), kernel_size=d(2)),
+            layer("last", "Conv2D", filters=d(5), kernel_size=size),
         ],
         "nchw",
+        unflatten={"grow": channels, "norm": channels},
     )
 
 
@@ -1107,27 +1111,35 @@ def wired(d: Sizes) -> Iterator[Case]:
     yield case(
         "branches_add",
         "graph",
-        image,
+        Input("nchw", (d(2, 3), d(3, 3), d(8, 3), d(6, 3))),
         [
-            layer("skip", "Conv2d", of=("x0",), in_channels=d(3), out_channels=d(5), kernel_size=1),
-            layer("body", "Conv2d", of=("x0",), in_channels=d(3), out_channels=d(5), kernel_size=3, padding=1),
-            layer("norm", "BatchNorm2d", of=("body",), num_features=d(5), eps=0.03),
+            layer("skip", "Conv2d", of=("x0",), in_channels=d(3, 3), out_channels=d(5, 3), kernel_size=1),
+            layer(
+                "body",
+                "Conv2d",
+                of=("x0",),
+                in_channels=d(3, 3),
+                out_channels=d(5, 3),
+                kernel_size=(d(7, 3), d(9, 3)),
+                padding=(d(3, 1), d(4, 1)),
+            ),
+            layer("norm", "BatchNorm2d", of=("body",), num_features=d(5, 3), eps=0.03),
             layer("join", "add", of=("norm", "skip")),
             layer("act", "ReLU", of=("join",)),
             layer("flat", "Flatten", of=("act",)),
-            layer("head", "Linear", of=("flat",), in_features=d(5) * d(7) * d(8), out_features=d(9)),
+            layer("head", "Linear", of=("flat",), in_features=d(5, 3) * d(8, 3) * d(6, 3), out_features=d(9, 3)),
         ],
         [
-            layer("skip", "Conv2D", of=("x0",), filters=d(5), kernel_size=1),
-            layer("body", "Conv2D", of=("x0",), filters=d(5), kernel_size=3, padding="same"),
+            layer("skip", "Conv2D", of=("x0",), filters=d(5, 3), kernel_size=1),
+            layer("body", "Conv2D", of=("x0",), filters=d(5, 3), kernel_size=(d(7, 3), d(9, 3)), padding="same"),
             layer("norm", "BatchNormalization", of=("body",), epsilon=0.03),
             layer("join", "Add", of=("norm", "skip")),
             layer("act", "ReLU", of=("join",)),
             layer("flat", "Flatten", of=("act",)),
-            layer("head", "Dense", of=("flat",), units=d(9)),
+            layer("head", "Dense", of=("flat",), units=d(9, 3)),
         ],
         "nc",
-        flatten={"head": d(5)},
+        flatten={"head": d(5, 3)},
     )
     yield case(
         "branches_flattened_concat",

@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parents[2]
 QUIET = {
     "KERAS_BACKEND": "tensorflow",
     "TF_CPP_MIN_LOG_LEVEL": "3",
-    "TF_ENABLE_ONEDNN_OPTS": "0",
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
 }
@@ -184,6 +183,8 @@ def serve(handlers: Mapping[str, Handler]) -> None:
         try:
             reply = handlers[request.pop("command")](**request)
         except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}\n{traceback.format_exc()}"}
+            reply = {
+                "error": f"{type(error).__name__}: {str(error)[:1000]}\n{''.join(traceback.format_tb(error.__traceback__))}"
+            }
         answers.write(json.dumps(reply) + "\n")
         answers.flush()

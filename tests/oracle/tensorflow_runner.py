@@ -27,6 +27,12 @@ def save(model: Any, folder: Path, kind: str) -> Path:
     raise ValueError(f"tensorflow has no format {kind}")
 
 
+def left_out(model: Any, checkpoint: str) -> bool:
+    """Whether TensorFlow saved less than the model; it says nothing when it does."""
+    saved = [name for name, _ in tf.train.list_variables(checkpoint) if name.startswith("model/")]
+    return len(saved) < len(model.weights)
+
+
 def build(
     case: str, seed: int, folder: str, equal: bool, formats: list[str] | None, dtype: str, weights: str | None
 ) -> dict[str, Any]:
@@ -34,7 +40,11 @@ def build(
     model = keras_runner.prepared(it, seed, dtype, weights)
     kinds = formats if formats is not None else DEFAULT_FORMATS["tensorflow"]
     files = {kind: str(save(model, Path(folder), kind)) for kind in kinds}
-    return {"files": files, "missing": {}, **keras_runner.describe(model, it, seed, folder, dtype)}
+    missing: dict[str, str] = {}
+    if "checkpoint" in files and left_out(model, files["checkpoint"]):
+        del files["checkpoint"]
+        missing["checkpoint"] = "tf.train.Checkpoint leaves out the layers that a Keras 3 layer holds in a list"
+    return {"files": files, "missing": missing, **keras_runner.describe(model, it, seed, folder, dtype)}
 
 
 def run_saved_model(folder: Path, case: Case, arrays: list[np.ndarray]) -> np.ndarray:
@@ -42,7 +52,7 @@ def run_saved_model(folder: Path, case: Case, arrays: list[np.ndarray]) -> np.nd
     loaded = tf.saved_model.load(str(folder))
     given = [tf.constant(array) for array in keras_runner.arranged(case, arrays, "tensorflow")]
     if hasattr(loaded, "serve"):
-        output = loaded.serve(given if len(given) > 1 else given[0])
+        output = keras_runner.for_cpu(case, loaded.serve)(given if len(given) > 1 else given[0])
     else:
         signature = loaded.signatures["serving_default"]
         names = sorted(signature.structured_input_signature[1])
