@@ -68,7 +68,7 @@ def layers_from_state_dict(
     problems = []
     for full, tensor in tensors.items():
         path, local = _place(full[len(prefix) :], attention)
-        if not local or not _is_text(full):
+        if not local or not is_text(full):
             problems.append(Problem(full, "a tensor name that is empty or no text", "a name", "rename it in the file"))
         state = tensor.state or local.rpartition(".")[2] in _STATE
         layers.setdefault(path, {})[local] = replace(tensor, state=state)
@@ -96,7 +96,8 @@ def _place(name: str, attention: set[str]) -> tuple[str, str]:
     return path, local
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
+    """False for text with halves of surrogate pairs, which has no UTF-8."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:

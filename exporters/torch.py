@@ -21,13 +21,14 @@ from neutral.containers.pickle_machine import Node, items_of, members_of
 from neutral.containers.torch_file import DTYPES, TensorRef, TorchFile, numpy_array
 from neutral.containers.torch_tree import VISITS, Walked, children_of, choose, is_module, listed, walk, weight_sets
 from neutral.errors import BadFile, Problem, Refused, printable, raise_all
-from neutral.exporters.state_dict import ModuleClass, common_prefix, layers_from_state_dict
+from neutral.exporters.state_dict import ModuleClass, common_prefix, is_text, layers_from_state_dict
 from neutral.native import Array, Computed, NativeModel, NativeTensor, Tensor, from_array
 
 if TYPE_CHECKING:
     import torch
 
 _COLLECTION_DEPTH: Final = 16
+_LONG_SETTING: Final = 1000
 _KNOWN_GLOBALS: Final = (
     "torch.",
     "collections.",
@@ -66,7 +67,7 @@ def _read(file: TorchFile, key: str | None) -> NativeModel:
                 "TorchScript: which tensors are parameters and how layers are set is in its code, which is not run"
             )
     else:
-        values = items_of(chosen.value) or {}
+        values = children_of(chosen.value)
     limit = _Limit(file)
     tensors, skipped = native_tensors(file, values, limit)
     if not tensors:
@@ -189,11 +190,14 @@ def described(walked: Walked) -> tuple[dict[str, Any], dict[str, ModuleClass]]:
     """(the tree of modules as plain data, class and settings by path)."""
     trees: dict[str, dict[str, Any]] = {}
     classes: dict[str, ModuleClass] = {}
+    known: dict[int, ModuleClass] = {}
     for module in reversed(walked.modules):
-        known = ModuleClass(class_name(module.node.cls), plain_config(items_of(module.node.state) or {}))
-        classes[module.path] = known
+        node = module.node
+        if id(node) not in known:
+            known[id(node)] = ModuleClass(class_name(node.cls), plain_config(items_of(node.state) or {}))
+        here = classes[module.path] = known[id(node)]
         children = [[child.name, trees[child.path]] for child in module.children]
-        trees[module.path] = {"cls": known.cls, "path": module.path, "config": known.config, "children": children}
+        trees[module.path] = {"cls": here.cls, "path": module.path, "config": here.config, "children": children}
     return trees[""], classes
 
 
@@ -218,10 +222,17 @@ def plain_config(attributes: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _plain(value: object, depth: int) -> tuple[bool, Any]:
-    if value is None or type(value) in (bool, int, float, str):
+    if value is None or type(value) in (bool, int, float):
         return True, value
+    if isinstance(value, str):
+        return is_text(value), value
     members = value if isinstance(value, (list, tuple)) else members_of(value)
-    if members is None or depth >= 3 or (type(value) is Node and value.cls != "torch.Size"):
+    if (
+        members is None
+        or len(members) > _LONG_SETTING
+        or depth >= 3
+        or (type(value) is Node and value.cls != "torch.Size")
+    ):
         return False, None
     inner = [_plain(member, depth + 1) for member in members]
     return all(kept for kept, _ in inner), [plain for _, plain in inner]

@@ -68,21 +68,43 @@ def fill_live(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     state = model.state_dict(keep_vars=True)
     problems = []
+    shared: dict[object, tuple[str, Tensor]] = {}
     for name, data in tensors.items():
         there = state.get(name)
         if not isinstance(there, torch.Tensor):
             problems.append(Problem(name, "no tensor of that name", "a name of the module's state dict"))
             continue
-        dtype = str(there.dtype).removeprefix("torch.")
-        if data.shape != tuple(there.shape) or DTYPES.get(dtype) != data.dtype or there.is_meta:
-            device = " on the meta device" if there.is_meta else ""
-            problems.append(
-                Problem(name, f"{data.dtype}{list(data.shape)}", f"{dtype}{list(there.shape)}{device} as in the module")
-            )
+        problem = _unfit(name, there, data)
+        if problem is None:
+            place = (there.data_ptr(), there.device, tuple(there.shape), there.stride())
+            first, twin = shared.setdefault(place if there.numel() else name, (name, data))
+            if twin is not data and any(
+                a.tobytes() != b.tobytes() for a, b in zip(twin.tiles(), data.tiles(), strict=True)
+            ):
+                problem = Problem(name, f"elements that differ from those of {first}", "equal ones, for they are tied")
+        if problem is not None:
+            problems.append(problem)
     raise_all(Refused, problems)
     with torch.no_grad():
         for name, data in tensors.items():
             state[name].copy_(_torch_tensor(data, state[name].dtype))
+
+
+def _unfit(name: str, there: torch.Tensor, data: Tensor) -> Problem | None:
+    import torch
+
+    dtype = str(there.dtype).removeprefix("torch.")
+    if torch.nn.parameter.is_lazy(there) or there.is_meta:
+        return Problem(name, "a parameter without elements", "an initialized one", "run the module once first")
+    if (
+        there.layout != torch.strided
+        or there.is_inference()
+        or any(s == 0 and n > 1 for n, s in zip(there.shape, there.stride(), strict=True))
+    ):
+        return Problem(name, "a parameter that cannot be written in place", "a dense tensor of its own")
+    if data.shape != tuple(there.shape) or DTYPES.get(dtype) != data.dtype:
+        return Problem(name, f"{data.dtype}{list(data.shape)}", f"{dtype}{list(there.shape)} as in the module")
+    return None
 
 
 def _torch_tensor(data: Tensor, dtype: torch.dtype) -> torch.Tensor:

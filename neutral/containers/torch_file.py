@@ -120,6 +120,7 @@ class _Refs:
             "torch._utils._rebuild_tensor_v3": self._tensor_v3,
             "torch._utils._rebuild_parameter": self._inner,
             "torch._utils._rebuild_parameter_with_state": self._inner,
+            "torch._utils._rebuild_device_tensor_from_cpu_tensor": self._from_device,
             "torch.nn.parameter.Parameter": self._inner,
             "torch.nn.parameter.Buffer": self._inner,
             "torch._tensor._rebuild_from_type_v2": self._from_type,
@@ -204,6 +205,17 @@ class _Refs:
 
     def _inner(self, args: tuple[Any, ...]) -> object:
         return args[0] if args else Node("torch.nn.parameter.Parameter")
+
+    def _from_device(self, args: tuple[Any, ...]) -> object:
+        # Tensors of XLA and its like: (the same tensor in main memory, dtype, device, requires_grad).
+        if (
+            len(args) == 4
+            and type(args[0]) is TensorRef
+            and type(args[1]) is Global
+            and args[1].name == f"torch.{args[0].dtype}"
+        ):
+            return args[0]
+        return Node("torch._utils._rebuild_device_tensor_from_cpu_tensor", args)
 
     def _from_type(self, args: tuple[Any, ...]) -> object:
         # (function, subclass, its arguments, state): the elements are those of the function; the subclass may hold more.
@@ -726,7 +738,15 @@ def _pickled_tensor(key: str, data: Tensor) -> bytes:
     new = _NEW_DTYPES.get(data.dtype)
     cls = "UntypedStorage" if new else _TYPED[data.dtype]
     count = data.nbytes if new else data.size
-    storage = b"(" + _text("storage") + f"ctorch{'.storage' if new else ''}\n{cls}\n".encode() + _text(key) + _text("cpu") + _whole(count) + b"tQ"
+    storage = (
+        b"("
+        + _text("storage")
+        + f"ctorch{'.storage' if new else ''}\n{cls}\n".encode()
+        + _text(key)
+        + _text("cpu")
+        + _whole(count)
+        + b"tQ"
+    )
     shape = b"(" + b"".join(map(_whole, data.shape)) + b"t(" + b"".join(map(_whole, strides)) + b"t"
     args = b"(" + storage + _whole(0) + shape + b"\x89" + _ORDERED_DICT
     if new:

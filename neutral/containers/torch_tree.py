@@ -10,6 +10,7 @@ silence. Modules are known by what their state holds (`_parameters`, `_modules`)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -23,11 +24,15 @@ _MODULE_DEPTH: Final = 200
 VISITS: Final = 300_000
 _NAME_CHARACTERS: Final = 64 << 20
 
-_NO_WEIGHTS: Final = (
-    *("optim", "lr_sched", "sched", "callback", "loops", "rng", "random", "amp", "scaler", "grad", "hyper_parameters"),
-    *("hparams", "datamodule", "args", "config", "history", "sampler"),
+_LONG_LIST: Final = 10_000
+
+_NO_WEIGHTS: Final = re.compile(
+    r"optim\w*|(lr_?)?sched\w*|callbacks?|loops|rng\w*|random\w*|amp|(grad_?)?scaler|hyper_parameters|hparams"
+    r"|datamodule\w*|args|config|cfg|history|sampler\w*|metrics?|loss(es)?|MixedPrecision\w*",
+    re.IGNORECASE,
 )
-"""How the keys of a checkpoint begin under which tensors are no weights."""
+"""Keys of a checkpoint under which tensors are no weights."""
+_AVERAGE: Final = re.compile(r"ema|shadow|averag", re.IGNORECASE)
 
 
 def _example() -> TensorRef:
@@ -43,7 +48,7 @@ class WeightSet:
 
     def tensors(self, where: str) -> Mapping[Any, Any]:
         """Names and values as the state dict has them, or would have them."""
-        return walk(self.value, where).tensors if is_module(self.value) else items_of(self.value) or {}
+        return walk(self.value, where).tensors if is_module(self.value) else children_of(self.value)
 
 
 @dataclass
@@ -73,13 +78,22 @@ def is_module(value: object) -> bool:
 
 
 def weight_sets(root: object) -> Found:
-    """All weight sets of a file, in its order; what is under optimizers' and similar keys comes apart."""
+    """All weight sets of a file, in its order.
+
+    A set is a module, or a mapping that holds tensors and no further set. Apart come what is under optimizers' and
+    similar keys, lists of tensors and mappings of single numbers (metrics); they count as sets only if the file has
+    nothing else, or if their key speaks of an average of the weights.
+    """
     found = Found()
-    _search(root, "", 0, found, set())
+    lesser: list[WeightSet] = []
+    _search(root, "", 0, found, lesser, set())
+    averages = [s for s in lesser if _AVERAGE.search(s.key)]
+    found.sets += lesser if not found.sets else averages
+    found.others |= {s.key: s.value for s in lesser if s not in found.sets}
     return found
 
 
-def _search(value: Any, key: str, depth: int, found: Found, seen: set[int]) -> bool:
+def _search(value: Any, key: str, depth: int, found: Found, lesser: list[WeightSet], seen: set[int]) -> bool:
     """Collect the sets in `value`; true if there are any. Not deeper than a few levels, so recursion is bounded."""
     if depth > _DEPTH or id(value) in seen or len(seen) > VISITS:
         return False
@@ -91,23 +105,30 @@ def _search(value: Any, key: str, depth: int, found: Found, seen: set[int]) -> b
     if not children:
         return False
     seen.add(id(value))
-    if set(children) >= {"state", "param_groups"} and key:
+    if key and children.keys() >= {"state", "param_groups"}:
         found.others[key] = value
         return False
     within = False
+    direct = []
     for name, child in children.items():
         if type(name) is not str or name.endswith("_extra_state"):
             continue
         place = f"{key}.{name}" if key else name
-        if depth == 0 and name.lower().startswith(_NO_WEIGHTS):
+        if is_tensor(child):
+            direct.append(place)
+        elif depth == 0 and _NO_WEIGHTS.fullmatch(name):
             found.others[place] = child
-        elif not is_tensor(child):
-            within = _search(child, place, depth + 1, found, seen) or within
-    direct = [name for name, child in children.items() if type(name) is str and is_tensor(child)]
-    if direct and within:
-        found.stray += [f"{key}.{name}" if key else name for name in direct]
-    elif direct and (items_of(value) is not None or depth):
-        found.sets.append(WeightSet(key, value if items_of(value) is not None else children))
+        else:
+            within = _search(child, place, depth + 1, found, lesser, seen) or within
+    if within:
+        found.stray += direct
+    elif direct:
+        numbers = not any(type(v) is not TensorRef or v.shape for v in children.values() if is_tensor(v))
+        mapping = items_of(value) is not None
+        if not mapping or (numbers and depth):
+            lesser.append(WeightSet(key, value))
+            return False
+        found.sets.append(WeightSet(key, value))
         return True
     return within
 
@@ -120,7 +141,9 @@ def children_of(value: Any) -> dict[Any, Any]:
     if type(value) is Node:
         return items_of(value.state) or {}
     members = members_of(value)
-    return {} if members is None else {str(i): member for i, member in enumerate(members)}
+    if members is None or len(members) > _LONG_LIST:
+        return {}
+    return {str(i): member for i, member in enumerate(members)}
 
 
 def choose(file: TorchFile, found: Found, key: str | None) -> WeightSet:
@@ -193,7 +216,7 @@ def walk(root: Node, where: str) -> Walked:
     while pending:
         module, parent, above = pending.pop()
         path, node = module.path, module.node
-        characters += len(path)
+        characters += len(path) + 100
         endless = id(node) in above or len(above) >= _MODULE_DEPTH
         if endless or len(walked.modules) >= VISITS or characters > _NAME_CHARACTERS:
             raise BadFile(
@@ -212,6 +235,7 @@ def walk(root: Node, where: str) -> Walked:
         for local, value in own.items():
             if type(local) is str and value is not None:
                 walked.tensors[prefix + local] = value
+                characters += len(prefix) + len(local)
         inside = above | {id(node)}
         pending += [(Module(prefix + name, name, child), module, inside) for name, child in reversed(children.items())]
     return walked
