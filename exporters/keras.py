@@ -9,22 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+
 from neutral.containers.hdf5 import Attribute, Hdf5Source, natural
-from neutral.containers.keras_file import KerasFile, open_keras
-from neutral.conventions.keras_config import Config, Holder, Slot, is_model, slots
+from neutral.containers.keras_file import KerasFile, open_keras, parse_json
+from neutral.conventions.keras_config import Config, Holder, Slot, is_model, layer_slots, slots
+from neutral.conventions.keras_live import live_object, live_variables
 from neutral.conventions.keras_variables import (
     STATE,
     VARIABLES,
+    Counter,
     class_of_group,
     own_variables,
     parts,
+    snake_case,
     variables_by_count,
 )
 from neutral.errors import BadFile, Problem, Refused
-from neutral.native import NativeLayer, NativeModel, NativeTensor
+from neutral.native import Computed, NativeLayer, NativeModel, NativeTensor
 
 _COLLECTIONS = ("optimizer", "optimizer_weights", "metrics", "compile_metrics", "loss")
 
@@ -50,6 +57,74 @@ def read(source: Path, *, key: str | None = None) -> NativeModel:
         notes=tuple(bound.notes),
         close=opened.close,
     )
+
+
+def read_live(model: Any) -> NativeModel:
+    """The layers of a live Keras model; values are fetched when they are read. Names are those `fill_live` takes."""
+    from keras import ops
+
+    notes: list[str] = []
+    layers = []
+    config, ordered = _live_config(model)
+    for slot in _live_slots(model, config):
+        tensors: dict[str, NativeTensor] = {}
+        found = live_object(model, slot.group)
+        if slot.names and slot.names[-1] and found.name not in slot.names[-1]:
+            raise Refused(Problem(slot.path, f"a layer named {found.name} in its place", "the order of the config"))
+        named = _live_named(model, slot) if slot.known else None
+        if named is None:
+            notes.append(
+                f"{slot.path}: {slot.cls} is not a layer of Keras, or not as its class has it; its variables are kept as they are"
+            )
+            named = {str(i): (f"{slot.group}/weights/{i}", each, False) for i, each in enumerate(found.weights)}
+        for local, (name, variable, state) in named.items():
+            data = Computed(tuple(variable.shape), _dtype(variable.dtype), partial(ops.convert_to_numpy, variable))
+            tensors[local] = NativeTensor(name, data, id(variable), state)
+        layers.append(NativeLayer(slot.path, slot.cls, tensors, slot.config, "class"))
+    metadata = {"config": config} if config is not None else {}
+    return NativeModel("keras", "live", tuple(layers), ordered=ordered, metadata=metadata, notes=tuple(notes))
+
+
+def _live_config(model: Any) -> tuple[Config | None, bool]:
+    try:
+        config = parse_json(model.to_json().encode(), "model.to_json()")
+    except (NotImplementedError, TypeError, ValueError):  # a subclass of Model without get_config
+        return None, False
+    return config, is_model(config)
+
+
+def _live_slots(model: Any, config: Config | None) -> list[Slot]:
+    if config is not None and is_model(config):
+        return config_slots(config, "model.to_json()")
+    from keras import saving
+
+    counter = Counter()
+    found = []
+    for layer in model.layers:
+        cls = type(layer)
+        group = f"layers/{counter.unique(snake_case(cls.__name__))}"
+        own = cls.__module__.startswith("keras.")
+        plain = {"module": cls.__module__, "class_name": cls.__name__, "config": {"name": layer.name}}
+        found += layer_slots(saving.serialize_keras_object(layer) if own else plain, group)
+    return found
+
+
+def _live_named(model: Any, slot: Slot) -> dict[str, tuple[str, Any, bool]] | None:
+    """local name -> (name, variable, state), or None if the variables are not those that the class has."""
+    named = {}
+    for holder in slot.holders:
+        variables = live_variables(live_object(model, holder.group))
+        names = own_variables(holder.cls, holder.config)
+        if len(variables) != len(names):
+            return None
+        for index, (name, variable) in enumerate(zip(names, variables, strict=True)):
+            local = name if name.startswith("spectral/") else holder.prefix + name
+            named[local] = (f"{holder.group}/vars/{index}", variable, name in STATE.get(holder.cls, ()))
+    return named
+
+
+def _dtype(name: Any) -> np.dtype[Any]:
+    return np.dtype(getattr(ml_dtypes, str(name), str(name)))
 
 
 @dataclass

@@ -223,6 +223,12 @@ def slots(model: Config) -> list[Slot]:
     return list(_model_slots(model, _Place("", "", "", (), {}, True, 0)))
 
 
+def layer_slots(entry: Config, group: str) -> list[Slot]:
+    """The layers that one serialized layer at `group` of some object consists of."""
+    name = entry_name(entry)
+    return list(_slots(entry, _Place(group, name, name, (frozenset([name]),), {}, True, 1)))
+
+
 def _model_slots(model: Config, place: _Place) -> Iterator[Slot]:
     if place.depth > _DEEPEST:
         raise ValueError(f"models nested deeper than {_DEEPEST} levels")
