@@ -32,7 +32,7 @@ from neutral.containers.tensor_bundle import DT_STRING, Bundle
 from neutral.conventions.keras_config import Slot, slots
 from neutral.conventions.keras_variables import STATE as STATE_VARIABLES
 from neutral.errors import BadFile, Problem, Unsupported, WrongUsage, printable
-from neutral.exporters.tensorflow_names import STATE, Group, by_name, by_place, natural, sort_keys
+from neutral.exporters.tensorflow_names import STATE, Group, by_name, by_place, natural, sort_keys, unique
 from neutral.native import NativeLayer, NativeModel, NativeTensor, from_array
 
 CHECKPOINT, SAVED_MODEL = "checkpoint", "saved_model"
@@ -85,7 +85,7 @@ def _model(bundle: Bundle, folder: Path | None, key: str | None) -> NativeModel:
     )
     found = sort_keys(nodes, list(tensors), counters)
     known = {n: o.metadata["name"] for n, o in objects.items() if isinstance(o.metadata.get("name"), str)}
-    groups = [*by_place(found.placed, nodes, known), *by_name(found.named, listed=bool(nodes))]
+    groups = unique([*by_place(found.placed, nodes, known), *by_name(found.named, listed=bool(nodes))])
     collections = {
         name: tuple(_state(tensors[k], name == STATE) for k in sorted(keys, key=natural))
         for name, keys in sorted(found.collections.items())

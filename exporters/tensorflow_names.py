@@ -12,8 +12,9 @@ from __future__ import annotations
 import heapq
 import itertools
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from neutral.containers.saved_model import Attribute, Node
 
@@ -246,13 +247,14 @@ def by_place(places: Sequence[Place], nodes: Sequence[Node], known: Mapping[int,
         ".".join([*(names.get(item.node, item.label) for item in level), *layer.suffix]) or "root"
         for level, layer in zip(levels, ordered, strict=True)
     ]
+    times = Counter(paths)
     groups = []
     for path, level, layer in zip(paths, levels, ordered, strict=True):
-        unique = path if paths.count(path) == 1 else ".".join([*layer.edges, *layer.suffix])
+        distinct = path if times[path] == 1 else ".".join([*layer.edges, *layer.suffix])
         node = layer.nodes[-1] if layer.nodes else 0
         index = int(layer.suffix[-1]) if layer.suffix else 0
         positional = bool(level) and all(item.positional for item in level)
-        groups.append(Group(unique, _locals(layer), node, index, positional))
+        groups.append(Group(distinct, _locals(layer), node, index, positional))
     return groups
 
 
@@ -391,7 +393,7 @@ def by_name(variables: Sequence[tuple[str, str]], *, listed: bool) -> list[Group
         inside = [path[1:] for path, _ in groups]
         if not all(_CELL.match(path[0]) or path[0] in _ATTENTION_NAMES for path in inside):
             groups = [(path, found) for path, (_, found) in zip(inside, groups, strict=True)]
-    return _numbered(_merged(groups))
+    return unique(Group(".".join(path), found) for path, found in _merged(groups))
 
 
 def _other_kind(local: str, group: Mapping[str, str], adjacent: bool) -> bool:
@@ -441,18 +443,18 @@ def _direction(path: tuple[str, ...], present: Sequence[tuple[str, ...]]) -> str
     return None
 
 
-def _numbered(groups: Sequence[tuple[tuple[str, ...], dict[str, str]]]) -> list[Group]:
-    """Paths made unique: the second `a.b` is `a.b_1`."""
+def unique(groups: Iterable[Group]) -> list[Group]:
+    """Paths made to differ: the second `a.b` is `a.b_1`."""
     used: set[str] = set()
+    latest: Counter[str] = Counter()
     out = []
-    for path, found in groups:
-        wanted = label = ".".join(path)
-        count = 0
+    for group in groups:
+        label = group.path
         while label in used:
-            count += 1
-            label = f"{wanted}_{count}"
+            latest[group.path] += 1
+            label = f"{group.path}_{latest[group.path]}"
         used.add(label)
-        out.append(Group(label, found))
+        out.append(replace(group, path=label))
     return out
 
 

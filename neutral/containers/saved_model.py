@@ -33,7 +33,9 @@ _LONGEST_POINTER = 1 << 20
 _POINTER = re.compile(r'^model_checkpoint_path:\s*"((?:[^"\\]|\\.)*)"', re.MULTILINE)
 _SHARD = re.compile(r"(.*)\.data-\d{5}-of-\d{5}\Z")
 _LARGEST_PART = 64 << 20
-_MOST_NODES = 1_000_000
+_LARGEST_JSON = 32 << 20
+_MOST_NODES = 250_000
+_MOST_LINKS = 1_000_000
 _COPIES = "_all_variables"
 
 
@@ -104,11 +106,13 @@ def _latest(pointer: Path) -> Path:
 def object_graph(data: bytes, where: str) -> tuple[Node, ...]:
     """The nodes of a TrackableObjectGraph; node 0 is the root. Every child exists."""
     nodes = []
+    links = 0
     for field in protobuf.fields(data, where):
         if field.number == 1:
             nodes.append(_node(field.message(where), where))
-            if len(nodes) > _MOST_NODES:
-                raise BadFile(Problem(where, f"over {_MOST_NODES} objects", "fewer"))
+            links += len(nodes[-1].children) + len(nodes[-1].attributes)
+            if len(nodes) > _MOST_NODES or links > _MOST_LINKS:
+                raise BadFile(Problem(where, f"over {_MOST_NODES} objects or {_MOST_LINKS} links", "fewer"))
     for node in nodes:
         for name, child in node.children:
             if not 0 <= child < len(nodes):
@@ -206,6 +210,7 @@ def keras_objects(folder: Path) -> dict[int, KerasObject]:
     if not path.exists():
         return _objects_in_model(folder / MODEL_FILE)
     found = {}
+    size = 0
     with SourceFile(path) as file:
         where = str(path)
         for number, offset, length in protobuf.file_fields(file, 0, file.size, where):
@@ -218,13 +223,15 @@ def keras_objects(folder: Path) -> dict[int, KerasObject]:
                         identifier = field.string(where)
                     elif field.number == 5:
                         text = field.string(where)
-                found[node] = KerasObject(identifier, _json(text, where))
+                size += len(text)
+                found[node] = KerasObject(identifier, _json(text, size, where))
     return found
 
 
 def _objects_in_model(path: Path) -> dict[int, KerasObject]:
     """TensorFlow 2.0 to 2.4 kept Keras' words inside saved_model.pb: SavedUserObject.metadata."""
     found = {}
+    read = 0
     where = str(path)
     with SourceFile(path) as file:
         for graph, start, size in protobuf.file_fields(file, 0, file.size, where):
@@ -242,8 +249,9 @@ def _objects_in_model(path: Path) -> dict[int, KerasObject]:
                                 for p in protobuf.fields(kind.message(where), where)
                                 if p.number in (1, 3)
                             }
+                            read += len(texts.get(3, ""))
                             if texts.get(3):
-                                found[number] = KerasObject(texts.get(1, ""), _json(texts[3], where))
+                                found[number] = KerasObject(texts.get(1, ""), _json(texts[3], read, where))
     return found
 
 
@@ -253,7 +261,10 @@ def _part(file: SourceFile, offset: int, length: int) -> bytes:
     return file.read(offset, length)
 
 
-def _json(text: str, where: str) -> dict[str, Any]:
+def _json(text: str, read: int, where: str) -> dict[str, Any]:
+    """An object of JSON; `read` characters of it have been met in all."""
+    if read > _LARGEST_JSON:
+        raise BadFile(Problem(where, f"metadata of over {read} characters", f"at most {_LARGEST_JSON}"))
     try:
         value = json.loads(text) if text else {}
     except (ValueError, RecursionError):

@@ -76,13 +76,16 @@ _RESTART_INTERVAL = 16
 _VERSION = 1
 
 # Bounds on what an index may ask of memory; the largest published checkpoints stay well below them.
-_LARGEST_INDEX = 128 << 20
+_LARGEST_INDEX = 64 << 20
 _MOST_ENTRIES = 250_000
 _LONGEST_KEY = 1 << 16
 _MOST_KEY_BYTES = 64 << 20
 _MOST_SLICES = 4096
-_LARGEST_STRINGS = 128 << 20
-_MOST_AXES = 254
+_MOST_SLICES_IN_ALL = 1 << 16
+_LARGEST_STRINGS = 64 << 20
+_MOST_STRINGS = 1_000_000
+_MOST_AXES = 32
+_MOST_ELEMENTS = 1 << 58
 _MOST_SHARDS = 100_000
 
 Extents = tuple[Range, ...]
@@ -139,6 +142,7 @@ class Bundle:
                 self.index, self.blocks, raw = _read_table(index)
             self.entries: dict[str, Entry] = {}
             self._pieces: dict[bytes, Entry] = {}
+            self._slices = 0
             self._read_header(raw)
             for key, (at, value) in raw.items():
                 self._add(key, at, value)
@@ -181,7 +185,7 @@ class Bundle:
         count = math.prod(entry.shape)
         if entry.dtype != DT_STRING:
             raise BadFile(Problem(where, f"dtype {entry.dtype}", f"DT_STRING ({DT_STRING})"))
-        if entry.slices or entry.size > _LARGEST_STRINGS or count > entry.size:
+        if entry.slices or entry.size > _LARGEST_STRINGS or count > min(entry.size, _MOST_STRINGS):
             raise BadFile(Problem(where, f"{count} strings in {entry.size} bytes", f"at most {_LARGEST_STRINGS} bytes"))
         data = memoryview(self._shards[entry.shard].read(entry.offset, entry.size))
         lengths, at = [], 0
@@ -191,8 +195,7 @@ class Bundle:
         if at + 4 + sum(lengths) != len(data):
             raise BadFile(Problem(where, f"strings of {sum(lengths)} bytes", f"{len(data) - at - 4} bytes"))
         crc = Crc32c()
-        for length in lengths:
-            crc.update(_length_bytes(length))
+        crc.update(b"".join(map(_length_bytes, lengths)))
         stored = bytes(data[at : at + 4])
         _check_crc(where, crc.value(), int.from_bytes(stored, "little"))
         crc.update(stored)
@@ -265,6 +268,9 @@ class Bundle:
     def _add(self, key: bytes, at: int, value: bytes) -> None:
         name = f"{self._where}: {key.decode('utf-8', 'backslashreplace')}"
         entry = _read_entry(name, at, value)
+        self._slices += len(entry.slices)
+        if self._slices > _MOST_SLICES_IN_ALL:
+            raise BadFile(Problem(self._where, f"over {_MOST_SLICES_IN_ALL} slices", "fewer"))
         if not entry.slices:
             if entry.shard >= len(self._shards):
                 raise BadFile(Problem(name, f"shard {entry.shard}", f"one of {len(self._shards)}"))
@@ -513,11 +519,11 @@ def _read_shape(data: memoryview, where: str) -> tuple[int, ...]:
             sizes.append(size)
         elif field.number == 3 and field.integer(where):
             raise BadFile(Problem(where, "a shape of unknown rank", "a known shape"))
-    if len(sizes) > _MOST_AXES or any(not 0 <= n < 1 << 62 for n in sizes):
-        raise BadFile(Problem(where, f"shape {sizes[:8]}", f"at most {_MOST_AXES} sizes, none negative"))
-    # numpy itself stops at 64 axes (32 before numpy 2); such a tensor could not be given out.
-    if len(sizes) > 32:
-        raise Unsupported(Problem(where, f"{len(sizes)} axes", "at most 32, as numpy has"))
+    if any(n < 0 for n in sizes):
+        raise BadFile(Problem(where, f"shape {sizes[:8]}", "no negative size"))
+    # What numpy could not give out: a tensor of more axes, or an empty one whose other axes are beyond its counting.
+    if len(sizes) > _MOST_AXES or math.prod(max(n, 1) for n in sizes) > _MOST_ELEMENTS:
+        raise BadFile(Problem(where, f"shape {sizes[:8]}", f"at most {_MOST_AXES} axes and {_MOST_ELEMENTS} elements"))
     return tuple(sizes)
 
 
@@ -631,8 +637,7 @@ def _write_tiles(out: BinaryIO, tensor: Tensor, dtype: np.dtype[Any], crc: Crc32
 
 
 def _write_strings(out: BinaryIO, strings: Strings, crc: Crc32c) -> int:
-    for value in strings.values:
-        crc.update(_length_bytes(len(value)))
+    crc.update(b"".join(_length_bytes(len(value)) for value in strings.values))
     checksum = masked(crc.value()).to_bytes(4, "little")
     crc.update(checksum)
     head = b"".join(protobuf.varint(len(value)) for value in strings.values) + checksum
