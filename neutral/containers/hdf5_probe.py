@@ -29,7 +29,7 @@ from h5py import h5a, h5d, h5g, h5l, h5o, h5t, h5z
 from neutral.errors import BadFile, NeutralError, Problem
 from neutral.native import Storage
 
-SECONDS = 8
+SECONDS = 6
 """Time that the walk may take."""
 
 MEMORY = 384 << 20
