@@ -136,6 +136,19 @@ def open_safetensors(path: Path) -> TensorSet:
     return _open_shards(path) if is_index else _open_file(path)
 
 
+def aliases(opened: TensorSet) -> dict[str, str]:
+    """Tied tensors that were left out, by the name of the tensor kept.
+
+    `safetensors.torch.save_model` writes only one of several equal tensors, and an entry of the metadata for each
+    other one: `{"lm_head.weight": "embed.weight"}`.
+    """
+    return {
+        alias: kept
+        for alias, kept in opened.metadata.items()
+        if kept in opened.tensors and alias not in opened.tensors and not _name_fault(alias)
+    }
+
+
 def _open_file(path: Path) -> TensorSet:
     file = SourceFile(path)
     header = read_header(file)

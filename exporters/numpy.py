@@ -1,0 +1,69 @@
+"""Arrays by name, from an `.npz` or from memory, read into native layers.
+
+>>> import numpy as np
+>>> model = read_live({"encoder/fc/kernel": np.zeros((2, 3)), "encoder/fc/bias": np.zeros(2), "step": np.array(3)})
+>>> [(layer.path, list(layer.tensors)) for layer in model.layers]
+[('encoder.fc', ['kernel', 'bias']), ('', ['step'])]
+
+An `.npz` that neutral wrote names its arrays `<layer>/<role>`, each in the archive's own layout. In a foreign one a name
+without `/` is a tensor of the model itself. No array says what kind of layer it belongs to.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from neutral.containers.files import SourceFile
+from neutral.containers.npz import EXTENSIONS, read_npz
+from neutral.containers.zip import ZipSource
+from neutral.errors import BadFile, Problem, WrongUsage
+from neutral.native import NativeLayer, NativeModel, NativeTensor, from_array
+
+
+def read(source: Path, *, key: str | None = None) -> NativeModel:
+    """The arrays of an `.npz`."""
+    if key is not None:
+        raise WrongUsage(Problem(str(source), f"the key {key!r}", "none", "an .npz holds one set of arrays"))
+    file = SourceFile(source)
+    try:
+        tensors = read_npz(ZipSource(file))
+        if not tensors:
+            raise BadFile(Problem(str(source), "no array", "at least one", "is this a file of weights?"))
+    except BaseException:
+        file.close()
+        raise
+    layers = _layers({name: NativeTensor(name, data) for name, data in tensors.items()})
+    return NativeModel(framework="numpy", format="npz", layers=layers, close=file.close)
+
+
+def read_live(model: Mapping[str, npt.ArrayLike]) -> NativeModel:
+    """Arrays in memory by their names. One array under two names is tied."""
+    tensors: dict[str, NativeTensor] = {}
+    for name, value in model.items():
+        array = np.asarray(value)
+        if array.dtype.kind not in "biufc" and array.dtype.name not in EXTENSIONS:
+            raise WrongUsage(Problem(name, f"an array of {array.dtype}", "an array of numbers"))
+        place = (array.__array_interface__["data"][0], array.shape, array.strides, array.dtype.str)
+        tensors[name] = NativeTensor(
+            name, from_array(array), ("array", *place) if array is value and array.size else None
+        )
+    return NativeModel(framework="numpy", format="arrays", layers=_layers(tensors))
+
+
+def _layers(tensors: Mapping[str, NativeTensor]) -> tuple[NativeLayer, ...]:
+    """Layers in the order of their first arrays. Where dots would make `a/b` and `a.b` one, both keep their names."""
+    groups: dict[str, dict[str, NativeTensor]] = {}
+    for name, tensor in tensors.items():
+        layer, _, role = name.rpartition("/")
+        groups.setdefault(layer, {})[role] = tensor
+    paths = {layer: layer.replace("/", ".") for layer in groups}
+    count = Counter(paths.values())
+    return tuple(
+        NativeLayer(path=path if count[path] == 1 else layer, cls=None, tensors=groups[layer])
+        for layer, path in paths.items()
+    )
