@@ -444,6 +444,17 @@ def _einsum(node: Node, layer: Any, ins: Sequence[Shape]) -> list[Shape]:
     return [tuple(sizes[letter] for letter in _letters(out, stars))]
 
 
+def _linear_einsum(node: Node, layer: Any, ins: Sequence[Shape], made: Sequence[int | None] | None) -> Sequence[Shape]:
+    """An einsum that is a dense layer: the sizes of the axes it makes are those that the graph names."""
+    data, _, out = equation_terms(str(node.attributes["equation"]))
+    kept = len(ins[0]) - len([letter for letter in data.replace("...", "") if letter not in out])
+    taken, units = dense_sizes(layer)
+    _need(math.prod(ins[0][kept:]), taken, "features")
+    sizes = [n for n in (made or ())[kept:] if n is not None]
+    _need(math.prod(sizes), units, "features made")
+    return [(*ins[0][:kept], *sizes)]
+
+
 def _letters(term: str, stars: list[str]) -> list[str]:
     head, dots, tail = term.partition("...")
     return [*head, *(stars if dots else ()), *tail]
@@ -464,18 +475,19 @@ def equation_terms(equation: str | None) -> tuple[str, str, str]:
 
 
 def kernel_letters(layer: Any) -> str:
-    """The letters of an einsum kernel in its canonical order: those it makes, then those it takes."""
+    """The letters of an einsum kernel in its canonical order: those of both sides, made ones, then taken ones."""
     data, weights, out = equation_terms(layer.equation)
     axes = kernel(layer).axes
     if sorted(axes) == sorted(weights):
         return "".join(axes)
-    made = [letter for letter in weights if letter in out and letter not in data]
-    return "".join([*made, *(letter for letter in weights if letter not in made)])
+    made = [letter for letter in out.replace("...", "") if letter in weights and letter not in data]
+    taken = [letter for letter in data.replace("...", "") if letter in weights and letter not in out]
+    return "".join([*(letter for letter in weights if letter not in made + taken), *made, *taken])
 
 
 ELEMENTWISE = (
     "Abs", "Celu", "Clip", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity",
-    "LRN", "LeakyRelu", "Log", "LogSoftmax", "Mish", "Neg", "Reciprocal", "Relu", "Selu", "Shrink", "Sigmoid", "Sign",
+    "Cast", "LRN", "LeakyRelu", "Log", "LogSoftmax", "Mish", "Neg", "Reciprocal", "Relu", "Selu", "Shrink", "Sigmoid", "Sign",
     "Sin", "Softmax", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu",
 )  # fmt: skip
 """Operators whose output has the shape of their one input."""
@@ -493,6 +505,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum"), _reduce),
     "Attention": _attention,
     "Concat": _concat,
+    "Constant": lambda node, layer, ins: [()],
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
     "DepthToSpace": _depth_to_space,
@@ -520,11 +533,14 @@ def infer(graph: Graph, layers: Mapping[str, AnyLayer], input_shapes: Mapping[st
     shapes: dict[str, Shape] = {name: tuple(input_shapes[name]) for name in graph.inputs}
     for node in graph.nodes:
         ins = [shapes[name] for name in node.inputs]
-        shapes.update(zip(node.outputs, _outputs(node, layers, ins), strict=True))
+        made = graph.values[node.outputs[0]].shape
+        shapes.update(zip(node.outputs, _outputs(node, layers, ins, made), strict=True))
     return shapes
 
 
-def _outputs(node: Node, layers: Mapping[str, AnyLayer], ins: Sequence[Shape]) -> Sequence[Shape]:
+def _outputs(
+    node: Node, layers: Mapping[str, AnyLayer], ins: Sequence[Shape], made: Sequence[int | None] | None
+) -> Sequence[Shape]:
     rule = RULES.get(node.op)
     if rule is None:
         raise Refused(Problem(node.name, f"the operator {node.op}", "one that neutral can run"))
@@ -532,13 +548,16 @@ def _outputs(node: Node, layers: Mapping[str, AnyLayer], ins: Sequence[Shape]) -
     if layer is None and (node.layer is not None or node.op in NEEDS_LAYER):
         raise Refused(Problem(node.name, f"{node.op} of the layer {node.layer!r}", "a layer of the manifest"))
     try:
-        outputs = rule(node, layer, ins)
+        if node.op == "Einsum" and layer is not None and layer.kind == "dense":
+            outputs: Sequence[Shape] = _linear_einsum(node, layer, ins, made)
+        else:
+            outputs = rule(node, layer, ins)
     except (Misfit, ValueError, IndexError, KeyError, TypeError) as error:
         reason = str(error) if isinstance(error, Misfit) else " and ".join(map(str, ins))
         raise Refused(Problem(node.name, reason, f"an input that {node.op} can take")) from None
     if any(n < 1 for shape in outputs for n in shape) or len(outputs) != len(node.outputs):
-        made = " and ".join(map(str, outputs))
-        raise Refused(Problem(node.name, f"{made} from {' and '.join(map(str, ins))}", "sizes above 0"))
+        sizes = " and ".join(map(str, outputs))
+        raise Refused(Problem(node.name, f"{sizes} from {' and '.join(map(str, ins))}", "sizes above 0"))
     return outputs
 
 
