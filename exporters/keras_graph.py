@@ -1707,7 +1707,7 @@ def _declared_shapes(layers: Sequence[Config]) -> dict[Reference, Any]:
         if isinstance(value, Mapping):
             config = value.get("config")
             if value.get("class_name") == "__keras_tensor__" and isinstance(config, Mapping):
-                history = config.get("keras_history")
+                history: Any = config.get("keras_history")
                 if _is_reference(history):
                     shapes[history[0], history[1], history[2]] = config.get("shape")
                 return
