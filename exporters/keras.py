@@ -21,6 +21,7 @@ from neutral.containers.keras_file import KerasFile, open_keras, parse_json
 from neutral.conventions.keras_config import Config, Holder, Slot, is_model, layer_slots, slots
 from neutral.conventions.keras_live import live_object, live_variables
 from neutral.conventions.keras_variables import (
+    CELL_OF,
     STATE,
     VARIABLES,
     Counter,
@@ -72,6 +73,7 @@ def read_live(model: Any) -> NativeModel:
         if slot.names and slot.names[-1] and found.name not in slot.names[-1]:
             raise Refused(Problem(slot.path, f"a layer named {found.name} in its place", "the order of the config"))
         named = _live_named(model, slot) if slot.known else None
+        cls = slot.cls if named is not None or not slot.known else None
         if named is None:
             notes.append(
                 f"{slot.path}: {slot.cls} is not a layer of Keras, or not as its class has it; its variables are kept as they are"
@@ -80,7 +82,7 @@ def read_live(model: Any) -> NativeModel:
         for local, (name, variable, state) in named.items():
             data = Computed(tuple(variable.shape), _dtype(variable.dtype), partial(ops.convert_to_numpy, variable))
             tensors[local] = NativeTensor(name, data, id(variable), state)
-        layers.append(NativeLayer(slot.path, slot.cls, tensors, slot.config, "class"))
+        layers.append(NativeLayer(slot.path, cls, tensors, slot.config, "class" if cls else "none"))
     metadata = {"config": config} if config is not None else {}
     return NativeModel("keras", "live", tuple(layers), ordered=ordered, metadata=metadata, notes=tuple(notes))
 
@@ -275,30 +277,77 @@ class _Tree:
     def _object(
         self, group: str, path: str, slot: Slot | None
     ) -> tuple[NativeLayer | None, list[tuple[str, str, Slot | None]]]:
-        cls, evidence = self._class(group) if slot is None else (slot.cls, "class")
-        config = slot.config if slot is not None else {}
-        tensors = None
-        if slot is None and cls is not None:
-            tensors, config = self._by_class(group, cls)
-        if tensors is None:
-            if slot is None:
-                cls, evidence = None, "none"
+        """The layer that an object is, if it has variables, and its children: (group, path, nothing known)."""
+        where = path or "model"
+        layer = self._recognized(group, where) if slot is None else None
+        if layer is None:
+            cls, config, evidence = (slot.cls, slot.config, "class") if slot is not None else (None, {}, "none")
             mine = [each for each in self.variables(group) if each not in self._claimed]
-            state = _is_seed(group)
-            tensors = {str(i): self.claim(each, state) for i, each in enumerate(mine)}
-        layer = NativeLayer(path or "model", cls, tensors, config, evidence) if tensors else None
+            tensors = {str(i): self.claim(each, _is_seed(group)) for i, each in enumerate(mine)}
+            layer = NativeLayer(where, cls, tensors, config, evidence)
         below: list[tuple[str, str, Slot | None]] = []
         for child in sorted(self._children.get(group, []), key=natural):
             if child != "vars":
                 inner = f"{group}/{child}".lstrip("/")
                 below.append((inner, f"{path}.{self._step(group, child)}".strip("."), None))
-        return layer, below
+        return (layer if layer.tensors else None), below
+
+    def _recognized(self, group: str, path: str) -> NativeLayer | None:
+        """One of Keras' own layers, wrapped or not, as far as group names and numbers of variables decide."""
+        found, evidence = self._class(group)
+        config: dict[str, Any] = {}
+        pieces: list[tuple[str, str, str]] = []
+        while found in _WRAPPERS:
+            config[_WRAPPERS[found]] = True
+            if found == "SpectralNormalization":
+                pieces.append((group, found, ""))
+            group = f"{group}/layer"
+            found, evidence = self._class(group)
+        cells = {"": group}
+        if found in ("Bidirectional", "RNN"):
+            config["bidirectional" if found == "Bidirectional" else "cell"] = True
+            prefixes = ("forward_layer/", "backward_layer/") if found == "Bidirectional" else ("",)
+            cells = {prefix: f"{group}/{prefix}cell" for prefix in prefixes}
+            classes = {self._class(cell)[0] for cell in cells.values()}
+            found, evidence = classes.pop() if len(classes) == 1 else None, "name"
+            if found not in CELL_OF:
+                return None
+        elif found in CELL_OF:
+            config["cell"] = True
+        if found is None or not (found in VARIABLES or parts(found)):
+            return None
+        for prefix, holder in cells.items():
+            pieces.append((holder, found, prefix))
+            pieces += [(self.place(f"{holder}/{part.group}"), part.cls, prefix + part.prefix) for part in parts(found)]
+        tensors = self._by_count(pieces)
+        if tensors is None:
+            return None
+        cls = CELL_OF.get(found, found)
+        biases = [tensor.data for local, tensor in tensors.items() if local.endswith("bias")]
+        if cls == "GRU" and biases:
+            config["reset_after"] = len(biases[0].shape) == 2
+        return NativeLayer(path, cls, tensors, config, evidence)
+
+    def _by_count(self, pieces: list[tuple[str, str, str]]) -> dict[str, NativeTensor] | None:
+        """The variables of (group, class, prefix) pieces, as far as their number decides their names, else None."""
+        named: list[tuple[str, str, bool]] = []
+        for group, cls, prefix in pieces:
+            paths = [path for path in self.variables(group) if path not in self._claimed]
+            names = variables_by_count(cls, len(paths))
+            if names is None:
+                return None
+            for name, path in zip(names, paths, strict=True):
+                local = name if name.startswith("spectral/") else prefix + name
+                named.append((local, path, name in STATE.get(cls, ())))
+        return {local: self.claim(path, state) for local, path, state in named}
 
     def _step(self, group: str, child: str) -> str:
         """What a child adds to the path of its layer: nothing for a list of layers, else its name."""
         inner = f"{group}/{child}".lstrip("/")
         if f"{inner}/vars" not in self.source.groups:
-            return "" if child in ("layers", "_layer_checkpoint_dependencies") else child
+            return "" if child in ("layers", "_layer_checkpoint_dependencies", "cells") else child
+        if child == "cell":
+            return ""
         return (self.name(inner) or child) if self._listed(group) else child
 
     def _listed(self, group: str) -> bool:
@@ -312,26 +361,21 @@ class _Tree:
             cls = class_of_group(own)
             return (cls, "class") if cls else (None, "none")
         name = self.name(group)
-        cls = class_of_group(name) if name else None
+        cls = class_of_group(name) if name else self._cell_class(group)
         return (cls, "name") if cls else (None, "none")
 
-    def _by_class(self, group: str, cls: str) -> tuple[dict[str, NativeTensor] | None, Config]:
-        """The named variables of one of Keras' own layers, as far as their number decides, else None."""
-        holders = [(group, cls, "")]
-        holders += [(self.place(f"{group}/{part.group}"), part.cls, part.prefix) for part in parts(cls)]
-        config: dict[str, Any] = {}
-        named: list[tuple[str, str, str]] = []
-        for there, holder_cls, prefix in holders:
-            paths = [path for path in self.variables(there) if path not in self._claimed]
-            names = variables_by_count(holder_cls, len(paths))
-            if names is None:
-                return None, {}
-            named += [(prefix + name, path, holder_cls) for name, path in zip(names, paths, strict=True)]
-        if not named:
-            return None, {}
-        return {
-            local: self.claim(path, local in STATE.get(holder_cls, ())) for local, path, holder_cls in named
-        }, config
+    def _cell_class(self, group: str) -> str | None:
+        """The cell that an unnamed group called `cell` holds: its gates show in the recurrent kernel (units, n * units)."""
+        paths = self.variables(group)
+        if group.rpartition("/")[2] != "cell" or len(paths) not in (2, 3):
+            return None
+        shape = self.source.tensor(paths[1]).shape
+        return _CELL_OF_GATES.get(shape[1] / shape[0]) if len(shape) == 2 and shape[0] else None
+
+
+_CELL_OF_GATES: Mapping[float, str] = {1: "SimpleRNNCell", 3: "GRUCell", 4: "LSTMCell"}
+
+_WRAPPERS = {"TimeDistributed": "time_distributed", "SpectralNormalization": "spectral_normalization"}
 
 
 def _is_seed(group: str) -> bool:

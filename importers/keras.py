@@ -126,21 +126,26 @@ def fill_live(model: Any, tensors: Mapping[str, Tensor]) -> None:
 
 def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = False) -> None:
     """A new file: `.weights.h5` from the layers alone; `.keras` or `.h5` with the model of the archive's graph."""
-    if out.name.endswith(".weights.h5"):
-        plan = plan_hdf5(_weights_tree(model.layers))
-        with new_file(out, force) as file:
-            plan.write(file)
-        return
-    if out.suffix not in (".keras", ".h5"):
-        raise Unsupported(
-            Problem(str(out), f"suffix {out.suffix or 'none'}", ".keras, .h5 or .weights.h5", "name the output so")
-        )
-    from neutral.importers.keras_config import model_config
+    from neutral.importers.keras_config import layer_names, model_config
 
-    config = model_config(manifest)
-    write = write_keras if out.suffix == ".keras" else write_legacy
-    with new_file(out, force) as file:
-        write(file, config, model.layers)
+    names = layer_names(manifest)
+    layers = [replace(layer, path=names.get(layer.path, layer.path)) for layer in model.layers]
+    if out.name.endswith(".weights.h5"):
+        with new_file(out, force) as file:
+            write_weights(file, layers)
+    elif out.suffix in (".keras", ".h5"):
+        write = write_keras if out.suffix == ".keras" else write_legacy
+        config = model_config(manifest)
+        with new_file(out, force) as file:
+            write(file, config, layers)
+    else:
+        found = f"suffix {out.suffix}" if out.suffix else "no suffix"
+        raise Unsupported(Problem(str(out), found, ".keras, .h5 or .weights.h5", "name the output so"))
+
+
+def write_weights(out: BinaryIO, layers: Iterable[NativeLayer]) -> None:
+    """A `.weights.h5` that a flat Keras model of these layers, in this order, loads."""
+    plan_hdf5(_weights_tree(layers)).write(out)
 
 
 def write_keras(out: BinaryIO, config: Config, layers: Iterable[NativeLayer]) -> None:
