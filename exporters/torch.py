@@ -22,6 +22,8 @@ from neutral.containers.torch_file import DTYPES, TensorRef, TorchFile, numpy_ar
 from neutral.containers.torch_tree import VISITS, Walked, children_of, choose, is_module, listed, walk, weight_sets
 from neutral.errors import BadFile, Problem, Refused, printable, raise_all
 from neutral.exporters.state_dict import ModuleClass, common_prefix, is_text, layers_from_state_dict
+from neutral.exporters.torch_graph import capture
+from neutral.exporters.wiring import with_graph
 from neutral.native import Array, Computed, NativeModel, NativeTensor, Tensor, from_array
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ _KNOWN_GLOBALS: Final = (
     "numpy.",
     "_codecs.",
     "copyreg.",
+    "__torch__.",
     "pathlib.",
     "argparse.",
 )
@@ -87,7 +90,7 @@ def _read(file: TorchFile, key: str | None) -> NativeModel:
     metadata: dict[str, Any] = {"key": chosen.key} if chosen.key else {}
     if tree is not None:
         metadata["modules"] = _unwrapped(tree, prefix)
-    return NativeModel(
+    model = NativeModel(
         "torch",
         {"zip": "pt", "legacy": "pt-legacy", "torchscript": "torchscript"}[file.format],
         layers_from_state_dict(tensors, classes),
@@ -97,6 +100,7 @@ def _read(file: TorchFile, key: str | None) -> NativeModel:
         notes=tuple(notes),
         close=file.close,
     )
+    return with_graph(model, metadata.get("modules"), capture)
 
 
 # Tensors
@@ -284,7 +288,7 @@ def read_live(model: torch.nn.Module) -> NativeModel:
     notes = ["entries that are no tensors, left out: " + listed(skipped)] if skipped else []
     if prefix:
         notes.append(f"the prefix {prefix} of every name is left out of the layer paths")
-    return NativeModel(
+    found = NativeModel(
         "torch",
         "module",
         layers_from_state_dict(tensors, classes),
@@ -292,6 +296,7 @@ def read_live(model: torch.nn.Module) -> NativeModel:
         metadata={"modules": modules},
         notes=tuple(notes),
     )
+    return with_graph(found, modules, capture)
 
 
 def _live_tree(module: torch.nn.Module, path: str, classes: dict[str, ModuleClass]) -> dict[str, Any]:

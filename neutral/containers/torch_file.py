@@ -511,6 +511,10 @@ class TorchFile:
                     "save it again on a little-endian machine",
                 )
             )
+        if ref.size * dtype.itemsize > self.logical_limit():
+            raise self._bad(
+                f"{printable(name, 80)} of shape {ref.shape}", "a tensor not many times larger than the file"
+            )
         whole = ref.offset == 0 and ref.size * dtype.itemsize == ref.storage.whole
         storage = self.storage(ref.storage.key, whole=whole)
         offset = ref.storage.first + ref.offset * dtype.itemsize
