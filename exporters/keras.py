@@ -32,6 +32,8 @@ from neutral.conventions.keras_variables import (
     variables_by_count,
 )
 from neutral.errors import BadFile, Problem, Refused
+from neutral.exporters.keras_graph import capture
+from neutral.exporters.wiring import with_graph
 from neutral.native import Computed, NativeLayer, NativeModel, NativeTensor
 
 _COLLECTIONS = ("optimizer", "optimizer_weights", "metrics", "compile_metrics", "loss")
@@ -48,7 +50,7 @@ def read(source: Path, *, key: str | None = None) -> NativeModel:
         opened.close()
         raise
     metadata = {"config": opened.config, **opened.metadata}
-    return NativeModel(
+    model = NativeModel(
         framework="keras",
         format=opened.format,
         layers=tuple(bound.layers),
@@ -58,6 +60,7 @@ def read(source: Path, *, key: str | None = None) -> NativeModel:
         notes=tuple(bound.notes),
         close=opened.close,
     )
+    return with_graph(model, opened.config, capture)
 
 
 def read_live(model: Any) -> NativeModel:
@@ -84,7 +87,8 @@ def read_live(model: Any) -> NativeModel:
             tensors[local] = NativeTensor(name, data, id(variable), state)
         layers.append(NativeLayer(slot.path, cls, tensors, slot.config, "class" if cls else "none"))
     metadata = {"config": config} if config is not None else {}
-    return NativeModel("keras", "live", tuple(layers), ordered=ordered, metadata=metadata, notes=tuple(notes))
+    read = NativeModel("keras", "live", tuple(layers), ordered=ordered, metadata=metadata, notes=tuple(notes))
+    return with_graph(read, config, capture)
 
 
 def _live_config(model: Any) -> tuple[Config | None, bool]:

@@ -32,7 +32,9 @@ from neutral.containers.tensor_bundle import DT_STRING, Bundle
 from neutral.conventions.keras_config import Slot, slots
 from neutral.conventions.keras_variables import STATE as STATE_VARIABLES
 from neutral.errors import BadFile, Problem, Unsupported, WrongUsage, printable
+from neutral.exporters.keras_graph import capture
 from neutral.exporters.tensorflow_names import STATE, Group, by_name, by_place, natural, sort_keys, unique
+from neutral.exporters.wiring import with_graph
 from neutral.native import NativeLayer, NativeModel, NativeTensor, from_array
 
 CHECKPOINT, SAVED_MODEL = "checkpoint", "saved_model"
@@ -95,7 +97,7 @@ def _model(bundle: Bundle, folder: Path | None, key: str | None) -> NativeModel:
         groups, collections = _chosen(where, key, groups, found.collections, collections, tensors)
     layers = tuple(_layer(group, objects, tensors) for group in groups)
     ordered = bool(groups) and all(group.positional for group in groups)
-    return NativeModel(
+    model = NativeModel(
         framework="tensorflow",
         format=SAVED_MODEL if folder else CHECKPOINT,
         layers=layers,
@@ -105,6 +107,7 @@ def _model(bundle: Bundle, folder: Path | None, key: str | None) -> NativeModel:
         notes=tuple(notes),
         close=bundle.close,
     )
+    return with_graph(model, metadata.get("config"), capture)
 
 
 def _single_string(bundle: Bundle, name: str) -> bytes:

@@ -15,62 +15,18 @@ and serves both directions. Tensors are views: nothing is read here but small on
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from neutral import rules
+from neutral.canonical import CROSSING, SPATIAL, CanonicalLayer, CanonicalTensor
 from neutral.conventions.forms import Convention, Form, Name, Part, Row, brace_axes, expand, role_expression
 from neutral.errors import BadLayout, Problem, Refused, raise_all
 from neutral.layout import Layout, layout
 from neutral.native import NativeLayer, NativeModel, NativeTensor, Tensor, stack
 from neutral.schema.kinds import KINDS, LABELS, Evidence
-
-SPATIAL = {0: (), 1: ("width",), 2: ("height", "width"), 3: ("depth", "height", "width")}
-"""Names of spatial axes by their number."""
-
-_FLATTENED = ("in", "out", "feature")
-"""Axes that may hold (channel position)."""
-
-_HEADS = {"query": "heads", "key": "kv_heads", "value": "kv_heads", "attended": "heads"}
-"""Axes of an attention that hold (head dim), and the attribute that counts the heads."""
-
-
-@dataclass(frozen=True)
-class CanonicalTensor:
-    """One canonical parameter, unread. `axes` are the kind's own, fused where the kind fuses; `native` maps the local
-    names of the native tensors that it is made of to their full names."""
-
-    data: Tensor
-    axes: tuple[str, ...]
-    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    native: Mapping[str, str] = field(default_factory=dict)
-    identity: Hashable = None
-    state: bool = False
-
-
-@dataclass(frozen=True)
-class CanonicalLayer:
-    """One canonical layer. `channels` tells the axes that cross a Flatten and their channels; `undecided` those of
-    which nobody knows, which are in the order of the source."""
-
-    path: str
-    kind: str
-    tensors: Mapping[str, CanonicalTensor]
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-    evidence: Evidence = "none"
-    native: str | None = None
-    native_path: str = ""
-    part: str | None = None
-    candidates: tuple[str, ...] = ()
-    channels: Mapping[str, int] = field(default_factory=dict)
-    undecided: tuple[str, ...] = ()
-
-    @property
-    def weights(self) -> dict[str, CanonicalTensor]:
-        """The tensors that are weights, by role."""
-        return {role: tensor for role, tensor in self.tensors.items() if not tensor.state}
 
 
 @dataclass(frozen=True)
@@ -115,8 +71,10 @@ def row_layout(
     for axis in channels or {}:
         if canonical == "...":
             canonical = native = "feature"
-        canonical = " ".join("(channel position)" if word == axis else word for word in canonical.split())
-        native = " ".join(f"({flatten})" if word == axis else word for word in native.split())
+        channel, position = CROSSING[axis]
+        joined = flatten.replace("channel", channel).replace("position", position)
+        canonical = " ".join(f"({channel} {position})" if word == axis else word for word in canonical.split())
+        native = " ".join(f"({joined})" if word == axis else word for word in native.split())
     return layout(canonical, native)
 
 
@@ -253,7 +211,18 @@ def canonical_layers(
     kinds: Mapping[str, str] | None = None,
     flatten: Mapping[str, Mapping[str, int]] | None = None,
 ) -> list[CanonicalLayer]:
-    """Every layer of a native model in canonical form, its tensors unread.
+    """Every layer of a native model in canonical form, its tensors unread. See `read_layers`."""
+    return [layer for _, layers in read_layers(model, convention, kinds=kinds, flatten=flatten) for layer in layers]
+
+
+def read_layers(
+    model: NativeModel,
+    convention: Convention,
+    *,
+    kinds: Mapping[str, str] | None = None,
+    flatten: Mapping[str, Mapping[str, int]] | None = None,
+) -> list[tuple[Known, list[CanonicalLayer]]]:
+    """Every native layer with what is known of it and the canonical layers in it.
 
     `kinds` maps globs on layer paths to kinds. `flatten` names every layer that crosses a Flatten or Reshape, with the
     channels of its axes ({"fc1": {"in": 16}}); once it is given, all other layers cross none.
@@ -272,11 +241,11 @@ def canonical_layers(
         ),
     )
     crossing = _Crossing.of(known)
-    layers: list[CanonicalLayer] = []
+    layers: list[tuple[Known, list[CanonicalLayer]]] = []
     problems: list[Problem] = []
     for item in known:
         try:
-            layers.extend(_canonical(item, convention, model.splits, flatten, crossing))
+            layers.append((item, _canonical(item, convention, model.splits, flatten, crossing)))
         except (BadLayout, Refused) as error:
             problems.extend(replace(p, where=f"{item.layer.path}: {p.where}") for p in error.problems)
     raise_all(Refused, problems)
@@ -432,8 +401,9 @@ def _gather(parts: Sequence[Tensor], names: Sequence[Name], row: Row) -> Tensor:
 
 
 def _sizes(sizes: Mapping[str, int], row: Row, crossed: Mapping[str, int]) -> dict[str, int]:
-    known = {axis: n for axis, n in sizes.items() if axis not in crossed and axis not in ("x0" if crossed else "",)}
-    return {**known, **dict(brace_axes(row.role)), **({"channel": n for n in crossed.values()} if crossed else {})}
+    """The axis sizes of a row's layout; an axis that crosses a Flatten is known by its channels alone."""
+    known = {axis: n for axis, n in sizes.items() if axis not in crossed}
+    return {**known, **dict(brace_axes(row.role)), **{CROSSING[axis][0]: n for axis, n in crossed.items()}}
 
 
 def _directed(row: Row) -> bool:
@@ -486,24 +456,6 @@ def _normal_kind(
         if attributes["groups"] in (-1, size):
             kind = "instance_norm"
     return kind, attributes
-
-
-def fine_axes(layer: CanonicalLayer, tensor: CanonicalTensor) -> tuple[tuple[tuple[str, int], ...], ...]:
-    """Per axis of a parameter the named axes it holds, with their sizes: what the archive stores.
-
-    A dense kernel behind a Flatten is (out, channel, position), an attention's query kernel (head, dim, in).
-    """
-    out = []
-    for axis, size in zip(tensor.axes, tensor.data.shape, strict=True):
-        heads = layer.attributes.get(_HEADS[axis]) if layer.kind == "attention" and axis in _HEADS else None
-        if axis in layer.channels and axis in _FLATTENED:
-            n = layer.channels[axis]
-            out.append((("channel", n), ("position", size // n)))
-        elif isinstance(heads, int) and heads > 0 and size % heads == 0:
-            out.append((("head", heads), ("dim", size // heads)))
-        else:
-            out.append(((axis, size),))
-    return tuple(out)
 
 
 @dataclass

@@ -22,7 +22,7 @@ import time
 import tomllib
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import neutral
-from neutral import report
+from neutral import frameworks, report
 from neutral.errors import BadFile, NeutralError, Problem, WrongUsage, printable
 
 if TYPE_CHECKING:
@@ -415,11 +415,9 @@ def _verify(
 @command("formats")
 def _formats(ctx: typer.Context) -> int:
     """List what is readable, writable, and installed."""
-    from neutral.frameworks import FRAMEWORKS
-
     rows = [
         (name, ", ".join(framework.reads), ", ".join(framework.writes), _versions(framework.installed()))
-        for name, framework in FRAMEWORKS.items()
+        for name, framework in frameworks.FRAMEWORKS.items()
     ]
     screen: Screen = ctx.obj
     screen.table(("framework", "reads", "writes", "installed"), rows)
@@ -437,11 +435,8 @@ def _reading(
     source_format: str | None, key: str | None, kind: list[str] | None, flatten: list[str] | None
 ) -> dict[str, Any]:
     """The options of a command that reads a model."""
-    from neutral.frameworks import FRAMEWORKS
-
     if source_format is not None:
-        formats = {f for framework in FRAMEWORKS.values() for f in framework.reads}
-        _known("--from", source_format, {*FRAMEWORKS, *formats})
+        frameworks.by_format(source_format)
     return {"format": source_format, "key": key, "kinds": _kinds(kind), "flatten": _flatten(flatten)}
 
 
@@ -454,10 +449,8 @@ def _writing(
     cast: bool,
 ) -> dict[str, Any]:
     """The options of a command that writes a model."""
-    from neutral.frameworks import FRAMEWORKS
-
     if to is not None:
-        _known("--to", to, FRAMEWORKS)
+        frameworks.framework(to)
     return {
         "to": to,
         "into": into,
@@ -466,11 +459,6 @@ def _writing(
         "allow_missing": tuple(allow_missing or ()),
         "cast": cast,
     }
-
-
-def _known(option: str, value: str, names: Collection[str]) -> None:
-    if value not in names:
-        raise WrongUsage(Problem(option, f"{value!r}", f"one of {', '.join(sorted(names))}"))
 
 
 def _pairs(option: str, values: list[str] | None, what: str) -> dict[str, str]:
@@ -485,12 +473,7 @@ def _pairs(option: str, values: list[str] | None, what: str) -> dict[str, str]:
 
 
 def _kinds(values: list[str] | None) -> dict[str, str]:
-    from neutral.schema.kinds import KINDS
-
-    pairs = _pairs("--kind", values, "PATTERN=KIND")
-    for kind in pairs.values():
-        _known("--kind", kind, KINDS)
-    return pairs
+    return _pairs("--kind", values, "PATTERN=KIND")
 
 
 def _flatten(values: list[str] | None) -> dict[str, str] | None:

@@ -155,6 +155,8 @@ def _bind(expression: str, shape: Sequence[int], known: Mapping[str, int]) -> di
     if spatial < 0 or len(groups) != len(shape):
         raise BadLayout(Problem(repr(expression), f"shape {tuple(shape)}", f"{len(groups)} axes"))
     sizes = dict(known)
+    if (_SPACE,) in parse(expression):
+        _set(sizes, _SPACE.name, spatial, expression, shape)
     for group, size in zip(groups, shape, strict=True):
         for axis in group:
             if axis.letters:

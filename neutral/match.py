@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from neutral.canon import CanonicalLayer, compatible
+from neutral.canon import compatible
+from neutral.canonical import CanonicalLayer
 from neutral.errors import Problem, Refused, raise_all
 from neutral.schema.kinds import KINDS
 

@@ -47,6 +47,7 @@ class Manifest(Strict):
     source: Source
     layers: tuple[AnyLayer, ...]
     weights_digest: Sha256
+    ordered: bool = False
     graph: Graph | None = None
     collections: dict[str, dict[str, Parameter]] = {}
     losses: tuple[Loss, ...] = ()
