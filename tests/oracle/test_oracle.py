@@ -286,7 +286,16 @@ def test_a_framework_reloads_its_own_file(name: str, framework: str, workers: di
         assert difference(workers[framework].forward(name, file, built.inputs), built.output) < 1e-6
 
 
-EVERY_FORMAT = ["conv2d_flatten_norm_dense", "lstm_stack2", "attention", "nested", "shared_layer", "weight_norm_dense"]
+EVERY_FORMAT = [
+    "conv2d_flatten_norm_dense",
+    "lstm_stack2",
+    "attention",
+    "layer_norm_image",
+    "nested",
+    "shared_layer",
+    "subclassed",
+    "weight_norm_dense",
+]
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
