@@ -21,7 +21,7 @@ from neutral.errors import BadFile, Problem, Refused, printable
 
 _DEPTH: Final = 8
 _MODULE_DEPTH: Final = 200
-VISITS: Final = 300_000
+VISITS: Final = 100_000
 _NAME_CHARACTERS: Final = 64 << 20
 
 _LONG_LIST: Final = 10_000
