@@ -524,21 +524,28 @@ def _channel_norm(op: str) -> Callable[[_Builder, _Call], list[Flow]]:
     """A layer with weights per channel, for which ONNX wants the channel axis second."""
 
     def layer(b: _Builder, call: _Call) -> list[Flow]:
-        flow = call.x
+        flow, kind, path = call.x, op, call.path
         if flow.shape is None or flow.opaque:
-            b.vector_layer(call.path, flow)
+            b.vector_layer(path, flow)
             return [flow]
+        attributes: dict[str, Attribute] = {}
+        own: str | None = path
         if op != "PRelu":
             _last_axis_only(call, flow)
         if op == "GroupNormalization":
             flow = b.ordered(flow)
+            groups = call.config.get("groups", 32)
+            kind = "InstanceNormalization" if groups in (-1, flow.dims[-1]) else op
+            if not any(bool(call.config.get(key, True)) for key in ("center", "scale")):
+                own, attributes = None, {"epsilon": _float(call, "epsilon", default=1e-3)}
+                attributes |= {"num_groups": groups} if kind == op else {}
         if flow.rank == 2:
-            flow = b.vector_layer(call.path, flow)
-            return [b.emit(call.path, op, [flow], flow, layer=call.path)]
-        b.split(call.path, flow)
+            flow = b.vector_layer(path, flow)
+            return [b.emit(path, kind, [flow], flow, attributes, layer=own)]
+        b.split(path, flow)
         turned = flow if flow.first else b._turn(flow, True)
         pending = flow.pending
-        result = b.emit(call.path, op, [turned], replace(turned, pending=None), layer=call.path)
+        result = b.emit(path, kind, [turned], replace(turned, pending=None), attributes, layer=own)
         return [replace(b.restore(result, flow), pending=pending)]
 
     return layer
@@ -558,12 +565,21 @@ def _last_norm(op: str) -> Callable[[_Builder, _Call], list[Flow]]:
         axes = sorted(a % flow.rank for a in (axis if isinstance(axis, list | tuple) else [axis]))
         if not axes or axes != list(range(flow.rank - len(axes), flow.rank)) or axes[0] == 0:
             raise _Unclear(f"its axis is {axis!r}")
+        attributes: dict[str, Attribute] = {"axis": -len(axes)}
+        owned = op == "RMSNormalization" or any(bool(call.config.get(key, True)) for key in ("center", "scale"))
+        if not owned:
+            attributes["epsilon"] = _float(call, "epsilon", default=1e-3)
         if flow.rank == 2:
-            flow = b.vector_layer(call.path, flow)
-        else:
+            flow = b.vector_layer(call.path, flow) if owned else flow
+        elif len(axes) < 3:
             b.split(call.path, flow)
             flow = b.as_is(flow)
-        return [b.emit(call.path, op, [flow], flow, {"axis": -len(axes)}, layer=call.path)]
+        elif len(axes) == flow.rank - 1:  # over the whole image: its weights have the axes of the image
+            b.split(call.path, flow)
+            flow = b.channels_first(flow)
+        else:
+            raise _Unclear(f"its axis is {axis!r}")
+        return [b.emit(call.path, op, [flow], flow, attributes, layer=call.path if owned else None)]
 
     return layer
 
@@ -644,13 +660,47 @@ def _einsum_dense(b: _Builder, call: _Call) -> list[Flow]:
     equation = call.config.get("equation")
     if not isinstance(equation, str) or equation.count("->") != 1 or equation.count(",") != 1:
         raise _Unclear(f"its equation is {equation!r}")
-    left, output = equation.replace(" ", "").split("->")
+    equation = equation.replace(" ", "")
+    operands, output = equation.split("->")
+    given, kernel = operands.split(",")
     wanted = call.config.get("output_shape")
     sizes = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
-    shape = _einsum_shape(left.split(",")[0], output, flow.dims, sizes)
+    shape = _einsum_shape(given, output, flow.dims, sizes)
     result = Flow("", shape, dtype=flow.dtype, masked=flow.masked)
-    result = b.emit(call.path, "Einsum", [flow], result, {"equation": equation}, layer=call.path)
+    bias = str(call.config.get("bias_axes") or "")
+    joined = _dense_like(given.replace("...", ""), kernel, output.replace("...", ""), bias)
+    if joined is None:
+        attributes: dict[str, Attribute] = {"equation": equation, "bias_axes": bias}
+        result = b.emit(call.path, "Einsum", [flow], result, attributes, layer=call.path)
+    else:
+        result = _einsum_as_dense(b, call, flow, result, *joined)
     return [b.activate(call, result, call.config.get("activation"))]
+
+
+def _dense_like(given: str, kernel: str, output: str, bias: str) -> tuple[int, int] | None:
+    """How many axes an einsum sums and makes, if it is a dense layer on the last axes; else None."""
+    made = [c for c in output if c in kernel and c not in given]
+    summed = [c for c in given if c in kernel and c not in output]
+    if set(kernel) - set(made) - set(summed) or len(set(kernel)) != len(kernel) or not summed or not made:
+        return None
+    ends = given.endswith("".join(summed)) and output.endswith("".join(made))
+    rest = given[: len(given) - len(summed)] == output[: len(output) - len(made)]
+    return (len(summed), len(made)) if ends and rest and (not bias or list(bias) == made) else None
+
+
+def _einsum_as_dense(b: _Builder, call: _Call, flow: Flow, result: Flow, summed: int, made: int) -> Flow:
+    """A Gemm over the last axes as one."""
+    b.split(call.path, flow)
+    if summed > 1:
+        dims = (*flow.dims[: flow.rank - summed], _product(flow.dims[flow.rank - summed :]))
+        target = tuple(-1 if n is None else n for n in dims[1:])
+        flow = b.emit(f"{call.path}.join", "Reshape", [flow], replace(flow, shape=dims), {"shape": target})
+    dims = (*result.dims[: result.rank - made], _product(result.dims[result.rank - made :]))
+    joined = b.emit(call.path, "Gemm", [flow], replace(result, shape=dims), layer=call.path)
+    if made == 1:
+        return joined
+    target = tuple(-1 if n is None else n for n in result.dims[1:])
+    return b.emit(f"{call.path}.split", "Reshape", [joined], result, {"shape": target})
 
 
 def _einsum_shape(letters: str, output: str, shape: Shape, wanted: list[int | None]) -> Shape:

@@ -352,22 +352,18 @@ def _attention_form(layer: Attention, known: bool) -> Form:
         raise _Inexpressible("attention with an extra key and value", "attention without")
     heads = int(_need(layer.heads, "number of heads"))
     groups = layer.kv_heads or heads
-    query, value, output = (layer.parameters[f"{name}_kernel"] for name in ("query", "value", "output"))
-    width = _sides(query)[1] if "in" in query.axes else query.shape[0]
+    query, value, output = (layer.parameters[f"{name}_kernel"].shape for name in ("query", "value", "output"))
+    width, size = math.prod(query[:-1]), output[0]
     bias = any(role.endswith("_bias") for role in layer.parameters)
     if groups != heads:
         config = {"head_dim": width // heads, "num_query_heads": heads, "num_key_value_heads": groups}
         return "GroupedQueryAttention", {**config, "use_bias": bias}
-    size = output.shape[output.axes.index("out")] if "out" in output.axes else output.shape[0]
-    config = {"num_heads": heads, "key_dim": width // heads, "value_dim": _sides(value)[1] // heads}
-    source = query.shape[-1] if query.axes[-1] == "in" else size
-    return "MultiHeadAttention", {**config, "use_bias": bias, "output_shape": None if size == source else [size]}
+    config = {"num_heads": heads, "key_dim": width // heads, "value_dim": math.prod(value[:-1]) // heads}
+    return "MultiHeadAttention", {**config, "use_bias": bias, "output_shape": None if size == query[-1] else [size]}
 
 
 def _einsum_form(layer: EinsumDense, known: bool) -> Form:
-    equation = str(_need(layer.equation, "equation")).replace(" ", "")
-    bias = layer.parameters.get("bias")
-    return "EinsumDense", {"equation": equation, "bias_axes": None if bias is None else "".join(bias.axes)}
+    return "EinsumDense", {"equation": str(_need(layer.equation, "equation")).replace(" ", "")}
 
 
 def _no_form(layer: AnyLayer, known: bool) -> Form:
@@ -410,7 +406,7 @@ def layer_classes(manifest: Manifest) -> dict[str, Form]:
     if own is not None:
         known = _walk(own)
         return {
-            layer.path: known.get(_native_path(layer, known), (layer.native or layer.kind, {}))
+            layer.path: _unwrapped(known.get(_native_path(layer, known), (layer.native or layer.kind, {})))
             for layer in manifest.layers
         }
     names = layer_names(manifest)
@@ -432,7 +428,17 @@ def layer_classes(manifest: Manifest) -> dict[str, Form]:
                 config = {**config, "activation": layer.activation}
             found[layer.path] = cls, {"name": names[layer.path], **config}
     raise_all(Refused, problems)
-    return {layer.path: found[layer.path] for layer in manifest.layers}
+    return {layer.path: _unwrapped(found[layer.path]) for layer in manifest.layers}
+
+
+def _unwrapped(form: Form) -> Form:
+    """A Bidirectional layer as the layer inside it, the way readers describe one."""
+    cls, config = form
+    if cls != "Bidirectional":
+        return form
+    inner = config["layer"]
+    more = {"name": config.get("name"), "bidirectional": True, "merge_mode": config["merge_mode"]}
+    return str(inner["class_name"]), {**inner["config"], **more}
 
 
 # The graph.
@@ -839,8 +845,8 @@ def _softmax(b: _Builder, node: Node) -> list[_Tensor]:
     if node.op == "LogSoftmax":
         if place != x.rank - 1:
             x = b.order(x, (*(a for a in x.perm if a != axis), axis))
-        config = {"activation": "log_softmax"}
-        return [b.add(b.name(node), "Activation", config, [x.json], None, _same(x))]
+        named = {"activation": "log_softmax"}
+        return [b.add(b.name(node), "Activation", named, [x.json], None, _same(x))]
     config = {"axis": -1 if place == x.rank - 1 else place}
     return [b.add(b.name(node), "Softmax", config, [x.json], None, _same(x, nonnegative=True))]
 
@@ -1290,7 +1296,12 @@ def _channel_norm(b: _Builder, node: Node) -> list[_Tensor]:
         if node.op == "BatchNormalization":
             raise _Inexpressible("a batch norm without statistics", "a mean and a variance")
         groups = -1 if node.op == "InstanceNormalization" else int(_number(node, "num_groups"))
-        settings: Config = {"groups": groups, "epsilon": _number(node, "epsilon"), "center": False, "scale": False}
+        settings: dict[str, Any] = {
+            "groups": groups,
+            "epsilon": _number(node, "epsilon"),
+            "center": False,
+            "scale": False,
+        }
         x = b.image(x) if x.rank > 2 else b.vector(x, 0)
         return [b.add(b.name(node), "GroupNormalization", {"axis": -1, **settings}, [x.json], None, _same(x))]
     form = _form(layer, True)
@@ -1317,7 +1328,13 @@ def _last_norm(b: _Builder, node: Node) -> list[_Tensor]:
         return [b.add(b.name(node), "LayerNormalization", settings, [x.json], None, _same(x))]
     form = _form(layer, True)
     if x.rank == 2:
-        return [b.weigh(node, form, [(x := b.vector(x, _recorded(layer))).json], _same(x))]
+        x = b.vector(x, _recorded(layer))
+        return [b.weigh(node, form, [x.json], _same(x))]
+    if form[1]["axis"] != -1 and len(form[1]["axis"]) > 2:  # over the whole image: the weights follow its axes
+        if len(form[1]["axis"]) != x.rank - 1:
+            raise _Inexpressible(f"a norm over {len(form[1]['axis'])} axes of {x.rank}", "all but the batch axis")
+        x = b.image(x)
+        return [b.weigh(node, form, [x.json], _same(x))]
     if form[1]["axis"] != -1 or x.perm[-1] != x.rank - 1:
         x = b.order(x, _plain(x.rank))
     return [b.weigh(node, form, [x.json], _same(x))]
@@ -1382,7 +1399,10 @@ def _einsum(b: _Builder, node: Node) -> list[_Tensor]:
     x = b.plain(b.only(node))
     cls, config = _form(b.layer(node), True)
     shape = b.shape(node.outputs[0])
-    config = {**config, "output_shape": list(shape[1:])}
+    bias = node.attributes.get("bias_axes")
+    if "bias" in b.layer(node).parameters and not bias:
+        raise _Inexpressible("a bias whose axes are not known", "bias_axes", "export the model again")
+    config = {**config, "output_shape": list(shape[1:]), "bias_axes": bias or None}
     return [b.weigh(node, (cls, config), [x.json], b.like(node, _plain(len(shape)), x))]
 
 
