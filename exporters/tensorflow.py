@@ -37,7 +37,7 @@ from neutral.exporters.tensorflow_names import STATE, Group, by_name, by_place, 
 from neutral.exporters.wiring import with_graph
 from neutral.native import NativeLayer, NativeModel, NativeTensor, from_array
 
-CHECKPOINT, SAVED_MODEL = "checkpoint", "saved_model"
+CHECKPOINT, SAVED_MODEL = "checkpoint", "savedmodel"
 
 _MODEL_IDENTIFIERS = frozenset(("_tf_keras_sequential", "_tf_keras_network", "_tf_keras_model"))
 

@@ -26,7 +26,7 @@ NO_GRAPH = cast(Manifest, type("NoGraph", (), {"graph": None}))
 
 def randomised(model: Any, seed: int = 0) -> Any:
     rng = np.random.default_rng(seed)
-    model.set_weights([rng.normal(size=w.shape).astype(w.dtype) for w in model.get_weights()])
+    model.set_weights([rng.uniform(0.1, 1, w.shape).astype(w.dtype) for w in model.get_weights()])
     return model
 
 
