@@ -120,12 +120,12 @@ def graph_order(config: Config) -> list[Config]:
     By depth, counted from the outputs, and within one depth by the first visit of a depth-first walk from the outputs.
     """
     entries = {entry_name(entry): entry for entry in config["layers"]}
-    nodes = _numbered_nodes(config, entries)
+    nodes, outputs = _numbered_nodes(config, entries)
     visited: dict[str, int] = {}
     finished: list[tuple[str, int]] = []
     done: set[tuple[str, int]] = set()
     open_: set[tuple[str, int]] = set()
-    for output in history_list(config["output_layers"]):
+    for output in outputs:
         stack: list[tuple[tuple[str, int], Iterator[tuple[str, int]]]] = []
         wanted: tuple[str, int] | None = output
         while wanted is not None or stack:
@@ -154,23 +154,37 @@ def graph_order(config: Config) -> list[Config]:
     return [entries[name] for name in sorted(depth, key=lambda name: (-depth[name], visited[name]))]
 
 
-def _numbered_nodes(config: Config, entries: Mapping[str, Config]) -> dict[tuple[str, int], list[tuple[str, int]]]:
-    """The inputs of each call of each layer. Calls count from 0.
+_Calls = dict[tuple[str, int], list[tuple[str, int]]]
 
-    Keras 2 counts those of a nested model from 1: its own construction is call 0, which is not in the file.
+
+def _numbered_nodes(config: Config, entries: Mapping[str, Config]) -> tuple[_Calls, list[tuple[str, int]]]:
+    """The inputs of each call of each layer, and the calls that give the outputs. Calls count from 0.
+
+    A nested model has its own construction as a first call, which is not in the file. Keras 2 counts it everywhere;
+    Keras 3 counts it in `output_layers` alone, and for Functional models alone (`Functional.get_config`).
     """
-    listed = {
+    modern = any(isinstance(node, Mapping) for entry in entries.values() for node in entry.get("inbound_nodes") or [])
+    calls = {
         name: [_node_inputs(node) for node in entry.get("inbound_nodes") or [[]]] for name, entry in entries.items()
     }
-    referred = [pair for calls in listed.values() for inputs in calls for pair in inputs]
-    referred += history_list(config["output_layers"])
+    outputs = history_list(config["output_layers"])
+    referred = [pair for each in calls.values() for inputs in each for pair in inputs]
     highest: dict[str, int] = {}
-    for name, index in referred:
+    for name, index in referred if modern else referred + outputs:
         highest[name] = max(index, highest.get(name, 0))
-    first = {
-        name: int(is_model(entries[name]) and highest.get(name, 0) == len(calls)) for name, calls in listed.items()
+    nested = {name for name, entry in entries.items() if is_model(entry)}
+    first = {name: int(name in nested and highest.get(name, 0) == len(each)) for name, each in calls.items()}
+    last = (
+        {name: int(name in nested and entries[name]["class_name"] != "Sequential") for name in calls}
+        if modern
+        else first
+    )
+    numbered = {
+        (name, index): [(inner, number - first[inner]) for inner, number in inputs]
+        for name, each in calls.items()
+        for index, inputs in enumerate(each)
     }
-    return {(name, index + first[name]): inputs for name, calls in listed.items() for index, inputs in enumerate(calls)}
+    return numbered, [(name, max(0, index - last[name])) for name, index in outputs]
 
 
 def history_list(value: Any) -> list[tuple[str, int]]:
