@@ -111,7 +111,7 @@ def _torch_tensor(data: Tensor, dtype: torch.dtype) -> torch.Tensor:
     import torch
 
     array = data.read()
-    if array.dtype.kind != "V":
+    if array.dtype.isbuiltin != 2:  # 2: ml_dtypes, which torch does not know
         return torch.from_numpy(array if array.flags.writeable else array.copy())
     return torch.from_numpy(array.view(f"i{array.dtype.itemsize}").copy()).view(dtype)
 

@@ -488,7 +488,7 @@ class TorchFile:
         if dtype.itemsize == 1 or self.big_endian == (sys.byteorder == "big"):
             return dtype
         order = ">" if self.big_endian else "<"
-        return np.dtype(f"{order}u{dtype.itemsize}") if dtype.kind == "V" else dtype.newbyteorder(order)  # type: ignore[arg-type]
+        return np.dtype(f"{order}u{dtype.itemsize}") if dtype.isbuiltin == 2 else dtype.newbyteorder(order)  # type: ignore[arg-type]
 
     def tensor(self, ref: TensorRef, name: str = "tensor") -> Tensor:
         """The elements of a reference, lazily. `name` is for the error if numpy has no such dtype."""
@@ -661,7 +661,7 @@ def _streamed(source: TorchFile, key: str, runs: Sequence[_Run]) -> Iterator[mem
 def _stored(values: Array, plain: np.dtype[Any]) -> Array:
     if plain == values.dtype:
         return values
-    return values.view(plain.newbyteorder("=")).astype(plain) if values.dtype.kind == "V" else values.astype(plain)
+    return values.view(plain.newbyteorder("=")).astype(plain) if values.dtype.isbuiltin == 2 else values.astype(plain)
 
 
 def _scattered(source: TorchFile, key: str, members: Sequence[tuple[str, TensorRef, Tensor]]) -> Iterator[memoryview]:
