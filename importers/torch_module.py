@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -45,24 +46,29 @@ NativeClass = tuple[str, Config]
 
 def layer_classes(manifest: Manifest) -> dict[str, NativeClass]:
     """The torch class and its settings for each layer that is known; `Refused` lists those that torch does not have."""
-    ranks = _input_ranks(manifest.graph)
+    uses = _uses(manifest.graph)
     found: dict[str, NativeClass] = {}
     problems: list[Problem] = []
     for layer in manifest.layers:
-        if layer.kind == "unknown":
+        op, rank = uses.get(layer.path, ("", None))
+        # An instance norm is a group norm of one channel a group; torch rounds the two differently.
+        kind = "group_norm" if (layer.kind, op) == ("instance_norm", "GroupNormalization") else layer.kind
+        if kind == "unknown":
             continue
         try:
-            found[layer.path] = _CLASSES[layer.kind](layer, ranks.get(layer.path))
+            found[layer.path] = _CLASSES[kind](layer, rank)
         except Refused as error:
             problems.extend(error.problems)
     raise_all(Refused, problems)
     return found
 
 
-def _input_ranks(graph: Graph | None) -> dict[str, int]:
-    """How many axes the value has that each layer takes, where a graph says it."""
-    nodes = graph.nodes if graph is not None else ()
-    return {n.layer: len(graph.values[n.inputs[0]].axes) for n in nodes if graph and n.layer is not None and n.inputs}
+def _uses(graph: Graph | None) -> dict[str, tuple[str, int | None]]:
+    """The operator of each layer and how many axes its input has, where a graph says it."""
+    if graph is None:
+        return {}
+    nodes = [(n.layer, n.op, n.inputs) for n in graph.nodes]
+    return {layer: (op, len(graph.values[ins[0]].axes)) for layer, op, ins in nodes if layer is not None and ins}
 
 
 def _no_form(layer: Any, found: str, expected: str) -> Refused:
@@ -160,7 +166,7 @@ def _running_norm(name: str) -> Callable[[Any, int | None], NativeClass]:
     def rule(layer: Any, rank: int | None) -> NativeClass:
         config: Config = {"num_features": _features(layer)}
         _set(config, "eps", layer.eps)
-        _set(config, "momentum", None if layer.decay is None else 1 - layer.decay)
+        _set(config, "momentum", None if layer.decay is None else round(1 - layer.decay, 12))
         config["affine"] = bool({"scale", "bias"} & layer.parameters.keys())
         config["track_running_stats"] = name == "BatchNorm" or "mean" in layer.parameters
         return f"{name}{max((rank or 3) - 2, 1)}d", config
@@ -192,7 +198,8 @@ def _last_axes_norm(name: str) -> Callable[[Any, int | None], NativeClass]:
 
 def _group_norm(layer: Any, rank: int | None) -> NativeClass:
     channels = _features(layer)
-    groups = channels if layer.groups == -1 else layer.groups
+    groups = getattr(layer, "groups", -1)
+    groups = channels if groups == -1 else groups
     if groups is None:
         raise _no_form(layer, "a group norm without the number of groups", "groups")
     config: Config = {"num_groups": groups, "num_channels": channels, "affine": True}
@@ -982,7 +989,10 @@ def export(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = F
         for name, x in zip(graph.inputs, inputs, strict=True)
     )
     try:
-        program = torch.export.export(module, inputs, dynamic_shapes=(free,))
+        with warnings.catch_warnings():
+            # torch warns of its own recurrent layers that their weights are kept in a list as well.
+            warnings.simplefilter("ignore")
+            program = torch.export.export(module, inputs, dynamic_shapes=(free,))
     except NeutralError:
         raise
     except Exception as error:
