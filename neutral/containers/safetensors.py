@@ -80,12 +80,13 @@ _CODES = {dtype.newbyteorder("="): code for code, dtype in DTYPES.items()}
 _RANKS = {code: rank for rank, code in enumerate(DTYPES)}
 
 _OPEN = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*")
-_STRING = re.compile(r'[ \t\n\r]*("([^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*)")')
+# Possessive, for the matcher would else remember every escape of a long string, at 100 bytes each.
+_STRING = re.compile(r'[ \t\n\r]*+("([^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+)")')
 _COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
 _NEXT = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
 _FIELD = re.compile(
     r'[ \t\n\r]*"(dtype|shape|data_offsets)"[ \t\n\r]*:[ \t\n\r]*'
-    r'(?:"([A-Za-z0-9_]{1,24})"|\[([0-9, \t\n\r]*)\])[ \t\n\r]*([,}])'
+    r'(?:"([A-Za-z0-9_]{1,24})"|\[([0-9, \t\n\r]{0,1000})\])[ \t\n\r]*([,}])'
 )
 _SIZES = re.compile(r"[ \t\n\r]*(?:(?:0|[1-9][0-9]{0,19})(?:[ \t\n\r]*,[ \t\n\r]*(?:0|[1-9][0-9]{0,19}))*[ \t\n\r]*)?")
 
@@ -306,6 +307,8 @@ class _Scanner:
         for key in self._keys():
             if key in found:
                 self._fail(f"metadata {key!r} twice", "it once")
+            if len(found) == MOST_TENSORS:
+                self._fail(f"more than {MOST_TENSORS} entries of metadata", "fewer")
             found[key] = self._string()
         return found
 

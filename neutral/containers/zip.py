@@ -69,6 +69,7 @@ _CHUNK = 4 << 20
 _HEAD = 16 << 10
 _IN_MEMORY = 8 << 20
 _LARGEST_DIRECTORY = 64 << 20
+_MOST_MEMBERS = 1 << 18
 _LARGEST_RATIO = 1032  # DEFLATE's densest code: 258 bytes in two bits
 _KEPT_INFLATED = 8
 
@@ -377,11 +378,11 @@ def _find_end(file: SourceFile) -> _End:
         _refuse(
             file, f"a central directory of {length} bytes at byte {offset}", f"one that ends at byte {directory_end}"
         )
-    if count * _CENTRAL.size > length or length > _LARGEST_DIRECTORY:
+    if count * _CENTRAL.size > length or count > _MOST_MEMBERS or length > _LARGEST_DIRECTORY:
         _refuse(
             file,
             f"{count} members in a central directory of {length} bytes",
-            f"fewer, and at most {_LARGEST_DIRECTORY} bytes",
+            f"at most {_MOST_MEMBERS} members, {_LARGEST_DIRECTORY} bytes, and room for each",
         )
     return _End(offset, length, count, zip64, comment)
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import json
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -210,6 +212,33 @@ def test_white_space_and_any_order_of_fields_are_legal(tmp_path: Path) -> None:
     path = _file(tmp_path / "x", text, np.array([1, 2], "<f4").tobytes())
     opened = open_safetensors_file(path)
     assert [(e.name, e.shape, e.nbytes) for e in opened.entries] == [("a", (2, 1), 8), ("e", (0,), 0)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"a":{"dtype":"F32","shape":[' + "1," * 10_000_000 + '1],"data_offsets":[0,4]}}', "dtype, shape or"),
+        ('{"' + "\\u0061" * 5_000_000, "a string"),
+        ('{"a"' + " " * 50_000_000 + "x", "a colon"),
+        ('{"__metadata__":{' + ",".join(f'"{i}":""' for i in range(300_000)) + "}}", "entries of metadata"),
+    ],
+    ids=["axes", "escapes", "spaces", "metadata"],
+)
+def test_long_headers_are_refused_soon_and_in_little_memory(text: str, says: str, tmp_path: Path) -> None:
+    path = _file(tmp_path / "x", text)
+    code = (
+        "import resource, sys; from tests.containers.test_safetensors import open_safetensors_file as read\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: read(sys.argv[1])\n"
+        "except Exception as error: print(error)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)"
+    )
+    start = time.perf_counter()
+    run = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    message, megabytes = run.stdout.splitlines()
+    assert says in message
+    assert int(megabytes) < 512
+    assert time.perf_counter() - start < 10
 
 
 def test_900_thousand_empty_tensors_are_refused_soon(tmp_path: Path) -> None:

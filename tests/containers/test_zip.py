@@ -110,7 +110,7 @@ def test_a_flipped_bit_is_refused_or_changes_no_content(kind: str, tmp_path: Pat
     data = bytearray(KINDS[kind]())
     expected = _all(_opened(tmp_path / "x", bytes(data)))
     refused = 0
-    for position in range(0, len(data), max(1, len(data) // 700)):
+    for position in range(0, len(data), max(1, len(data) // 300)):
         data[position] ^= 1 << position % 8
         try:
             assert _all(_opened(tmp_path / "x", bytes(data))) == expected
@@ -118,7 +118,7 @@ def test_a_flipped_bit_is_refused_or_changes_no_content(kind: str, tmp_path: Pat
             assert "\n" not in str(error)
             refused += 1
         data[position] ^= 1 << position % 8
-    assert refused > 100
+    assert refused > 50
 
 
 def _patched(data: bytes, place: int, layout: str, value: int) -> bytes:
@@ -353,6 +353,16 @@ def _zeros_crc(size: int, block: bytes) -> int:
     for _ in range(size // len(block)):
         crc = zlib.crc32(block, crc)
     return crc
+
+
+def test_too_many_members_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    headers = bytes(46 * ((1 << 18) + 1))
+    count = len(headers) // 46
+    end64 = struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, count, count, len(headers), 0)
+    locator = struct.pack("<IIQI", 0x07064B50, 0, len(headers), 1)
+    end = struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, 0xFFFF, 0xFFFF, len(headers), 0, 0)
+    with pytest.raises(BadFile, match=f"at most {1 << 18} members"):
+        _opened(tmp_path / "x", headers + end64 + locator + end)
 
 
 def test_many_members(tmp_path: Path) -> None:
