@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SIZE = 4096
+QUIET = {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
 
 MAKE = """
 import sys, torch
@@ -59,7 +60,10 @@ def cost(command: Sequence[str], remove: Path | None = None, runs: int = 2) -> C
         os.sync()
         started = time.perf_counter()
         pid = os.posix_spawnp(
-            command[0], list(command), os.environ, file_actions=[(os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0)]
+            command[0],
+            list(command),
+            {**QUIET, **os.environ},
+            file_actions=[(os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0)],
         )
         _, status, usage = os.wait4(pid, 0)
         seconds = time.perf_counter() - started

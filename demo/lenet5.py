@@ -9,6 +9,7 @@ were held out. Ends with status 1 unless Keras says the same of every one of the
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -21,6 +22,13 @@ import numpy as np
 OUT = Path("demo-out")
 ALLOWED = 1e-4
 """How far two float32 frameworks may be apart in a logit (which is of the order of 10)."""
+
+QUIET = {
+    "KERAS_BACKEND": "tensorflow",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TF_ENABLE_ONEDNN_OPTS": "0",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 
 KERAS = """
 import sys
@@ -51,6 +59,7 @@ def train(data: dict[str, Any], epochs: int = 8) -> Any:
     import torch
     from torch import nn
 
+    torch.set_num_threads(1)  # so small a model gains nothing from more, and loses much on a busy machine
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 6, 5, padding=2), nn.Tanh(), nn.AvgPool2d(2),
@@ -78,7 +87,7 @@ def step(what: str, work: Callable[[], Any]) -> Any:
 
 def run(*command: str) -> None:
     """A command of its own process; the demo ends if it fails."""
-    if subprocess.run(command, check=False).returncode:
+    if subprocess.run(command, check=False, env={**QUIET, **os.environ}).returncode:
         sys.exit(f"failed: {' '.join(command[:3])}")
 
 
