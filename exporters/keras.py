@@ -167,7 +167,7 @@ def _object_layout(opened: KerasFile) -> _Bound:
         head = path.split("/")[0].lstrip("_")
         if head in _COLLECTIONS:
             bound.collections.setdefault(head, []).append(tree.claim(path))
-    bound.layers += tree.walk("", "", config is None)
+    bound.layers += tree.walk("", "")
     return bound
 
 
@@ -226,20 +226,22 @@ class _Tree:
         self._check_name(slot.group, slot.names)
         if not slot.known:
             notes.append(f"{slot.path}: {slot.cls} is not a layer of Keras; its variables are kept as they are")
-            return self.walk(group, slot.path, False, slot)
-        found = [(holder, self.variables(self.place(holder.group))) for holder in slot.holders]
-        for holder, _ in found:
+            found = self.walk(group, slot.path, slot)
+            bare = not any(layer.path == slot.path for layer in found)
+            return [NativeLayer(slot.path, slot.cls, {}, slot.config, "class"), *found] if bare else found
+        held = [(holder, self.variables(self.place(holder.group))) for holder in slot.holders]
+        for holder, _ in held:
             self._check_name(holder.group, holder.names)
-        expected = [own_variables(holder.cls, holder.config) for holder, _ in found]
-        counts = [len(paths) for _, paths in found]
+        expected = [own_variables(holder.cls, holder.config) for holder, _ in held]
+        counts = [len(paths) for _, paths in held]
         if not any(counts) and any(expected):
             notes.append(f"{slot.path}: the file has no variables of this {slot.cls}")
-            expected = [() for _ in found]
+            expected = [() for _ in held]
         tensors: dict[str, NativeTensor] = {}
         cls: str | None = slot.cls
         evidence = "class"
         if counts == [len(names) for names in expected]:
-            for (holder, paths), names in zip(found, expected, strict=True):
+            for (holder, paths), names in zip(held, expected, strict=True):
                 for path, name in zip(paths, names, strict=True):
                     local = name if name.startswith("spectral/") else holder.prefix + name
                     tensors[local] = self.claim(path, name in STATE.get(holder.cls, ()))
@@ -247,9 +249,9 @@ class _Tree:
             wanted = ", ".join(name for names in expected for name in names)
             notes.append(f"{slot.path}: {sum(counts)} variables where {slot.cls} has {wanted}; they stay unnamed")
             cls, evidence = None, "none"
-            for path in (path for _, paths in found for path in paths):
+            for path in (path for _, paths in held for path in paths):
                 tensors[str(len(tensors))] = self.claim(path)
-        extra = self.walk(group, slot.path, False)
+        extra = self.walk(group, slot.path)
         states = [layer for layer in extra if all(tensor.state for tensor in layer.tensors.values())]
         for layer in states:
             for local, tensor in layer.tensors.items():
@@ -266,7 +268,7 @@ class _Tree:
                 Problem(where, f"variables of a layer named {noted}", expected, "save the model again with Keras")
             )
 
-    def walk(self, group: str, path: str, naming: bool, top: Slot | None = None) -> list[NativeLayer]:
+    def walk(self, group: str, path: str, top: Slot | None = None) -> list[NativeLayer]:
         """What the tree under `group` holds and nobody claimed, without a config: one layer per object with variables."""
         layers: list[NativeLayer] = []
         waiting = [(group, path, top)]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from neutral.conventions.keras_variables import CELL_OF, KNOWN, RECURRENT, Counter, parts, snake_case
+from neutral.conventions.keras_variables import CELL_OF, KNOWN, PYTHON_NAME, RECURRENT, Counter, parts, snake_case
 
 Config = Mapping[str, Any]
 
@@ -82,6 +82,7 @@ def entry_class(entry: Config) -> tuple[str, bool]:
     cls, module, registered = entry["class_name"], entry.get("module"), entry.get("registered_name")
     if not isinstance(cls, str):
         raise TypeError(f"class_name {cls!r}")
+    cls = PYTHON_NAME.get(cls, cls)
     if isinstance(registered, str) and ">" in registered:
         return registered, False
     if ">" in cls:
@@ -90,6 +91,14 @@ def entry_class(entry: Config) -> tuple[str, bool]:
         own = module.split(".")[0] in {m.split(".")[0] for m in _KERAS_MODULES} and module.startswith(_KERAS_MODULES)
         return (cls, True) if own else (f"{module}.{cls}", False)
     return (cls, True) if cls in KNOWN and registered in (None, cls) else (f"Custom>{cls}", False)
+
+
+def python_name(entry: Config) -> str:
+    """The name of the class that Keras makes of a serialized layer, by which it counts groups."""
+    cls = entry["class_name"]
+    if cls == "Model" and is_model(entry):
+        return "Functional"
+    return PYTHON_NAME.get(cls, cls.rpartition(">")[2])
 
 
 def is_model(entry: Config) -> bool:
@@ -355,7 +364,7 @@ def _cells(config: Config, place: _Place) -> Iterator[Slot]:
         cells = cell["config"]["cells"]
         places = [
             inner.down(
-                f"cells/{counter.unique(snake_case(each['class_name'].rpartition('>')[2]))}",
+                f"cells/{counter.unique(snake_case(python_name(each)))}",
                 entry_name(each),
                 path=str(i),
             )

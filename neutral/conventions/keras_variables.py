@@ -94,8 +94,10 @@ _PARTS: Mapping[str, tuple[Part, ...]] = {
     "ConvLSTM3D": (Part("cell", "ConvLSTM3DCell"),),
     "MultiHeadAttention": _HEADS,
     "GroupedQueryAttention": _HEADS,
-    "GroupQueryAttention": _HEADS,
 }
+
+PYTHON_NAME: Mapping[str, str] = {"GroupQueryAttention": "GroupedQueryAttention"}
+"""Classes that a config calls by another name than their own, by which groups are counted."""
 
 CELL_OF: Mapping[str, str] = {"LSTMCell": "LSTM", "GRUCell": "GRU", "SimpleRNNCell": "SimpleRNN"}
 """A cell inside `RNN` is computed as the layer of the same kind."""
