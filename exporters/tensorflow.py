@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -70,7 +71,7 @@ def _model(bundle: Bundle, folder: Path | None, key: str | None) -> NativeModel:
     texts = [name for name, entry in bundle.entries.items() if entry.dtype == DT_STRING and name != OBJECT_GRAPH_KEY]
     if texts:
         metadata["strings"] = {
-            name: {"shape": list(found.shape), "values": list(found.values)}
+            name: {"shape": list(found.shape), "values": [b64encode(v).decode() for v in found.values]}
             for name, found in ((name, bundle.strings(name)) for name in texts)
         }
     if config := _root_config(objects):

@@ -12,6 +12,7 @@ import os
 import shutil
 import stat
 import tempfile
+from base64 import b64decode
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,7 @@ def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = Fa
         if original in tensors:
             tensors.setdefault(copy, tensors[original])
     strings = {
-        name: Strings(tuple(found["shape"]), tuple(found["values"]))
+        name: Strings(tuple(found["shape"]), tuple(map(b64decode, found["values"])))
         for name, found in metadata.get("strings", {}).items()
     }
     if kept is not None:
@@ -165,11 +166,11 @@ def _build_saved_model(model: NativeModel, manifest: Manifest, out: Path, force:
     if keras.backend.backend() != "tensorflow":
         found = f"Keras running on {keras.backend.backend()}"
         raise Unsupported(Problem(str(out), found, "its TensorFlow backend", "set KERAS_BACKEND=tensorflow"))
-    from neutral.importers import keras as keras_importer
+    from neutral.importers.keras import build as build_keras
 
     with tempfile.TemporaryDirectory(prefix="neutral-") as work:
         path = Path(work, "model.keras")
-        keras_importer.build(model, manifest, path)
+        build_keras(model, manifest, path)
         live = keras.models.load_model(path, compile=False)
         with new_folder(out, force) as fresh:
             live.export(str(fresh), verbose=False)

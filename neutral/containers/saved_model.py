@@ -266,7 +266,14 @@ def _json(text: str, read: int, where: str) -> dict[str, Any]:
     if read > _LARGEST_JSON:
         raise BadFile(Problem(where, f"metadata of over {read} characters", f"at most {_LARGEST_JSON}"))
     try:
-        value = json.loads(text) if text else {}
+        value = json.loads(text, object_hook=_plain) if text else {}
     except (ValueError, RecursionError):
         raise BadFile(Problem(where, "metadata that is not JSON", "JSON", "the file is damaged")) from None
     return value if isinstance(value, dict) else {}
+
+
+def _plain(value: dict[str, Any]) -> Any:
+    """Keras 2 writes tuples and shapes in a SavedModel as objects of their own; in its other files they are lists."""
+    if value.get("class_name") in ("__tuple__", "TensorShape") and isinstance(value.get("items"), list):
+        return value["items"]
+    return value

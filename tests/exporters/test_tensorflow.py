@@ -243,6 +243,8 @@ def test_keras_2_saved_model_knows_its_classes(tmp_path: Path) -> None:
     assert configs["bn"]["epsilon"] == 0.01
     assert model.metadata["config"]["class_name"] == "Sequential"
     assert [layer["class_name"] for layer in model.metadata["config"]["config"]["layers"]][1:3] == ["Dense", "LSTM"]
+    start = model.metadata["config"]["config"]["layers"][0]["config"]
+    assert start["batch_input_shape"] == [None, 7, 4], "a tuple, as in Keras' other files"
     assert all_values(model) == sorted(w.tobytes() for w in live.get_weights())
 
 
@@ -256,6 +258,35 @@ def test_keras_2_nested_models(tmp_path: Path) -> None:
     model = read(tmp_path / "sm")
     assert names(model) == {"att": HEADS, "inner.d": DENSE, "sep": separable}
     assert [layer.cls for layer in model.layers] == ["MultiHeadAttention", "Dense", "SeparableConv1D"]
+
+
+def test_several_models_and_lists_of_layers(tmp_path: Path) -> None:
+    class Block(K.Layer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.att, self.dense = K.MultiHeadAttention(2, 3), [K.Dense(8, name="up"), K.Dense(4, name="down")]
+
+        def call(self, x: Any) -> Any:
+            return self.dense[1](self.dense[0](self.att(x, x)))
+
+    class Model(tf_keras.Model):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.cell = [Block(), Block()], K.Dense(2)
+
+        def call(self, x: Any) -> Any:
+            return self.cell(self.blocks[1](self.blocks[0](x)))
+
+    live = Model()
+    live(np.zeros((1, 5, 4), "f4"))
+    tf.train.Checkpoint(left=live, right=functional()).write(str(tmp_path / "x"))
+    block = {"att": HEADS, "dense.0": DENSE, "dense.1": DENSE}
+    expected = {f"left.blocks.{i}.{path}": found for i in range(2) for path, found in block.items()}
+    expected |= {"left.cell": DENSE} | {f"right.{path}": found for path, found in FUNCTIONAL.items()}
+    model = read(tmp_path / "x")
+    assert names(model) == expected
+    assert list(names(model)) == list(expected)
+    assert not model.ordered
 
 
 def test_custom_keras_2_layers_are_unknown(tmp_path: Path) -> None:
@@ -406,7 +437,7 @@ def test_strings_are_kept_aside(tmp_path: Path) -> None:
     write_bundle(tmp_path / "x", {"d/kernel": from_array(np.ones((2, 3), "f4"))}, strings)
     model = read(tmp_path / "x")
     assert names(model) == {"d": {"kernel"}}
-    assert model.metadata["strings"] == {"words": {"shape": [2], "values": [b"a", b"\xff"]}}
+    assert model.metadata["strings"] == {"words": {"shape": [2], "values": ["YQ==", "/w=="]}}
     assert "words" in model.notes[0]
     write_bundle(tmp_path / "y", {}, strings)
     with pytest.raises(BadFile, match="no tensors"):
