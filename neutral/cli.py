@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from neutral.convert import Report
 
 GLOBAL_OPTIONS = ("-q", "--quiet", "--verbose", "--debug", "--version")
+LISTED = 10
+"""How many remarks of one sort are printed without `--verbose`."""
 
 # The common base of all that typer raises for a wrong command line; typer itself does not export it.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -130,10 +132,15 @@ class Screen:
         _write(sys.stdout, text)
 
     def remark(self, sort: str, lines: Iterable[str]) -> None:
-        """Warnings and notes."""
-        if not self.quiet:
-            for line in lines:
-                _write(sys.stderr, f"neutral: {sort}: {line}")
+        """Warnings and notes: the first few of a sort, all with `--verbose`."""
+        if self.quiet:
+            return
+        found = [printable(line, 1000) for line in lines]
+        shown = found if self.verbose else found[:LISTED]
+        for line in shown:
+            _write(sys.stderr, f"neutral: {sort}: {line}")
+        if len(found) > len(shown):
+            _write(sys.stderr, f"neutral: {sort}: {len(found) - len(shown)} more; --verbose lists them")
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table as wide as the terminal; with unbroken lines where there is none."""
@@ -218,7 +225,9 @@ def command(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
 def _everywhere(
     ctx: typer.Context,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and asked-for answers only.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Print the pairing of layers and the time, too.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Print the pairing of layers and every note, too.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
@@ -374,7 +383,7 @@ def _diff(
     screen.trouble = 2
     difference = neutral.diff(a, b, key=key)
     for line in difference.lines:
-        screen.say(line)
+        screen.say(printable(line, 1000))
     if difference.same:
         screen.say("same weights")
     return 0 if difference.same else 1
@@ -406,7 +415,7 @@ def _verify(
     screen: Screen = ctx.obj
     outcome = verify(a, b, input_shape=_shape(input_shape), seed=seed, tolerance=tolerance)
     for line in outcome.lines:
-        screen.say(line)
+        screen.say(printable(line, 1000))
     verdict = "same" if outcome.same else "different"
     screen.say(f"{verdict}: the largest difference is {outcome.max_difference:.3g}, allowed is {tolerance:.3g}")
     return 0 if outcome.same else 1

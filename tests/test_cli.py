@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 import neutral
-from neutral.cli import main, read_map
+from neutral.cli import Screen, main, read_map
 from neutral.errors import BadFile
 
 COMMANDS = ("export", "import", "convert", "show", "check", "diff", "digest", "verify", "formats")
@@ -382,3 +382,66 @@ def test_a_small_file_is_shown_at_once(model: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-c", script, str(model)], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_damaged_archive_is_found(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    archive = tmp_path / "model.nwt"
+    assert main(["-q", "export", str(model), str(archive)]) == 0
+    content = bytearray(archive.read_bytes())
+    content[-3] ^= 1
+    archive.write_bytes(content)
+    assert "digest" in failing(["check", archive], capsys, 1)
+    assert "digest" in failing(["import", archive, "--to", "numpy"], capsys, 1)
+    archive.write_bytes(content[:-1])
+    failing(["show", archive], capsys, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "model.nwt"}
+
+
+def test_what_is_refused_writes_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    template = tmp_path / "template.pt"
+    torch.save(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)), template)
+    archive = tmp_path / "model.nwt"
+    assert main(["-q", "export", str(model), str(archive)]) == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    out = tmp_path / "out.pt"
+    failing(["import", archive, "--into", template, "-o", out], capsys, 1)
+    failing(["convert", model, out, "--into", template], capsys, 1)
+    failing(["convert", model, out, "--into", tmp_path / "missing.pt"], capsys, 1)
+    failing(["convert", model, model, "--force"], capsys, 1)
+    failing(["export", model, model, "--force"], capsys, 1)
+    failing(["export", model, tmp_path / "no" / "folder.nwt"], capsys, 1)
+    failing(["export", model, tmp_path, "--force"], capsys, 1)
+    failing(["import", archive, "--to", "keras", "-o", out], capsys, 2)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+from neutral.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("out", ["out.nwt", "out.pt", "out.safetensors", "out.npz", "out.weights.h5", "out.keras"])
+def test_a_disk_that_is_full(out: str, model: Path, tmp_path: Path) -> None:
+    before = set(tmp_path.iterdir())
+    run = subprocess.run(
+        [sys.executable, "-c", LIMITED, "convert", str(model), str(tmp_path / out)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 1 and "File too large" in one_line(run.stderr)
+    assert "bug" not in run.stderr and set(tmp_path.iterdir()) == before
+
+
+def test_remarks_are_few_unless_all_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [f"layer{n}\n" for n in range(25)]
+    Screen().remark("note", lines)
+    short = capsys.readouterr().err.splitlines()
+    assert short[0] == "neutral: note: layer0\\n" and short[-1] == "neutral: note: 15 more; --verbose lists them"
+    Screen(verbose=True).remark("note", lines)
+    assert len(capsys.readouterr().err.splitlines()) == 25
+    Screen(quiet=True).remark("note", lines)
+    assert capsys.readouterr().err == ""
