@@ -61,7 +61,7 @@ From = Annotated[
     str | None, typer.Option("--from", metavar="FORMAT", help="What SOURCE is, where its content alone does not say.")
 ]
 To = Annotated[
-    str | None, typer.Option("--to", metavar="FRAMEWORK", help="torch, keras, tensorflow, numpy or safetensors.")
+    str | None, typer.Option("--to", metavar="FRAMEWORK", help=f"One of {', '.join(frameworks.FRAMEWORKS)}.")
 ]
 Key = Annotated[
     str | None, typer.Option("--key", metavar="NAME", help="Which of several sets of weights in one checkpoint.")
