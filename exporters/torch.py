@@ -19,7 +19,17 @@ import numpy as np
 
 from neutral.containers.pickle_machine import Node, items_of, members_of
 from neutral.containers.torch_file import DTYPES, TensorRef, TorchFile, numpy_array
-from neutral.containers.torch_tree import VISITS, Walked, children_of, choose, is_module, listed, walk, weight_sets
+from neutral.containers.torch_tree import (
+    VISITS,
+    Walked,
+    children_of,
+    choose,
+    is_module,
+    is_unreadable,
+    listed,
+    walk,
+    weight_sets,
+)
 from neutral.errors import BadFile, Problem, Refused, printable, raise_all
 from neutral.exporters.state_dict import ModuleClass, common_prefix, is_text, layers_from_state_dict
 from neutral.exporters.torch_graph import capture
@@ -150,7 +160,7 @@ def native_tensors(
             tensors[name] = NativeTensor(name, data, identity)
         elif (array := numpy_array(value)) is not None:
             tensors[name] = NativeTensor(name, array, id(value))
-        elif type(value) is Node and "._rebuild_" in value.cls:
+        elif is_unreadable(value):
             problems.append(
                 Problem(
                     name,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import codecs
 import re
 import struct
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -25,7 +26,7 @@ from neutral.native import Storage
 
 Rebuild = Callable[[tuple[Any, ...]], object]
 
-BUDGET: Final = 320 << 20
+BUDGET: Final = 256 << 20
 """Bytes of memory that one pickle may take, as estimated by `_COST`; it bounds the time too."""
 
 _COST: Final = 48
@@ -279,6 +280,10 @@ class _Machine:
         self._charge(count)
         return self.take(count)
 
+    def push_empty(self, value: object) -> None:
+        self._charge(40)
+        self.stack.append(value)
+
     def push(self, value: object) -> None:
         self.stack.append(value)
 
@@ -311,7 +316,7 @@ class _Machine:
         except UnicodeDecodeError:
             raise self._bad("a text that is no UTF-8", "UTF-8") from None
         if not value.isascii():
-            self._charge(4 * len(value))
+            self._charge(sys.getsizeof(value))
         return value
 
     def old_text(self, raw: bytes) -> str:
@@ -555,20 +560,20 @@ _OPERATIONS: Final[dict[int, Callable[[_Machine], None]]] = {
         b"b": _Machine.build,
         b"c": lambda m: m.push(m.global_lines()),
         b"d": _Machine.dict_from_mark,
-        b"}": lambda m: m.push({}),
+        b"}": lambda m: m.push_empty({}),
         b"e": _Machine.append_from_mark,
         b"g": lambda m: m.recall(m.integer(m.line())),
         b"h": lambda m: m.recall(m.take(1)[0]),
         b"i": _Machine.inst,
         b"j": lambda m: m.recall(m.number("<I", 4)),
-        b"l": lambda m: m.push(m.pop_mark()),
-        b"]": lambda m: m.push([]),
+        b"l": lambda m: m.push_empty(m.pop_mark()),
+        b"]": lambda m: m.push_empty([]),
         b"o": _Machine.obj,
         b"p": lambda m: m.remember(m.integer(m.line())),
         b"q": lambda m: m.remember(m.take(1)[0]),
         b"r": lambda m: m.remember(m.number("<I", 4)),
         b"s": _Machine.set_item,
-        b"t": lambda m: m.push(tuple(m.pop_mark())),
+        b"t": lambda m: m.push_empty(tuple(m.pop_mark())),
         b")": lambda m: m.push(()),
         b"u": _Machine.set_items_from_mark,
         b"G": lambda m: m.push(struct.unpack(">d", m.take(8))[0]),

@@ -41,7 +41,7 @@ from neutral.native import TILE, Array, Range, Storage, Stored, Tensor, from_arr
 MAGIC: Final = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")
 """The pickle of the number that opens a legacy file."""
 
-_PICKLE_LIMIT: Final = 128 << 20
+_PICKLE_LIMIT: Final = 96 << 20
 _RANK_LIMIT: Final = 32
 _LOGICAL_FACTOR: Final = 16
 _LOGICAL_EXTRA: Final = 64 << 20
@@ -218,12 +218,18 @@ class _Refs:
         return Node("torch._utils._rebuild_device_tensor_from_cpu_tensor", args)
 
     def _from_type(self, args: tuple[Any, ...]) -> object:
-        # (function, subclass, its arguments, state): the elements are those of the function; the subclass may hold more.
-        function, arguments = args[0] if args else None, args[2] if len(args) > 2 else None
-        understood = self.rebuild.get(function.name) if type(function) is Global else None
-        if understood is None or type(arguments) is not tuple or type(args[1]) is not Global:
-            return Node("torch._tensor._rebuild_from_type_v2", args)
-        return understood(arguments)
+        # (function, subclass, its arguments, state). A subclass with further tensors in its state, such as the scale of a
+        # quantized one, is not its elements alone.
+        node = Node("torch._tensor._rebuild_from_type_v2", args)
+        if len(args) < 3 or type(args[0]) is not Global or type(args[2]) is not tuple:
+            return node
+        understood = self.rebuild.get(args[0].name)
+        state = args[3] if len(args) > 3 else None
+        parts = state if type(state) is tuple else (state,)
+        held = [value for part in parts for value in (items_of(part) or {}).values()]
+        if understood is None or any(type(value) in (TensorRef, Node) for value in held):
+            return node
+        return understood(args[2])
 
     def build(self, target: object, state: object) -> None:
         """State set on a tensor: attributes, or (requires_grad, volatile, hooks) of torch 0.3; never its elements."""

@@ -61,8 +61,13 @@ class Found:
 
 
 def is_tensor(value: object) -> bool:
-    """True for what holds elements: a tensor of torch or an array of numpy."""
-    return type(value) is TensorRef or numpy_array(value) is not None
+    """True for what holds elements: a tensor of torch, readable or not, or an array of numpy."""
+    return type(value) is TensorRef or is_unreadable(value) or numpy_array(value) is not None
+
+
+def is_unreadable(value: object) -> bool:
+    """True for tensors that are not plain elements in a storage: sparse, quantized, meta, uninitialized, …"""
+    return type(value) is Node and ("._rebuild_" in value.cls or value.cls.startswith("torch.nn.parameter."))
 
 
 def is_module(value: object) -> bool:

@@ -333,9 +333,27 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
         torch.save({"good": torch.zeros(2), f"{name}.weight": value}, tmp_path / "x.pt")
         with pytest.raises(Refused, match=rf"{name}\.weight"):
             read(tmp_path / "x.pt")
+    torch.save(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), tmp_path / "x.pt")
+    with pytest.raises(Refused, match=r"0\.weight: .*UninitializedParameter"):
+        read(tmp_path / "x.pt")
     torch.save({"half": torch.zeros(2, dtype=torch.complex32)}, tmp_path / "x.pt")
     with pytest.raises(Refused, match="complex32"):
         read(tmp_path / "x.pt")
+
+
+class Marked(torch.Tensor):
+    pass
+
+
+def test_tensor_subclasses(tmp_path: Path) -> None:
+    plain, scaled = torch.randn(3).as_subclass(Marked), torch.randn(3).as_subclass(Marked)
+    plain.note = "text"
+    scaled.scale = torch.ones(1)
+    torch.save({"plain": plain}, tmp_path / "x.pt")
+    assert next(read(tmp_path / "x.pt").tensors()).data.read().tolist() == plain.tolist()
+    torch.save({"scaled": scaled}, tmp_path / "y.pt")
+    with pytest.raises(Refused, match="scaled"):
+        read(tmp_path / "y.pt")
 
 
 def test_files_without_weights_are_errors(tmp_path: Path) -> None:
