@@ -157,7 +157,10 @@ def _sides(parameter: Parameter) -> tuple[int, int]:
 
 def _channels(axes: Sequence[str], shape: Sequence[int]) -> int:
     """Channels of a fused axis that is recorded as (channel position), else 0."""
-    return shape[list(axes).index("channel")] if "channel" in axes else 0
+    found = next((n for axis, n in zip(axes, shape, strict=True) if axis in ("channel", "out_channel")), 0)
+    if len(axes) > 1 and not found:
+        raise _Inexpressible(f"axes {', '.join(axes)}", "one axis, or channel and position")
+    return found
 
 
 def _need(value: Any, what: str) -> Any:
@@ -508,6 +511,8 @@ class _Builder:
             for value in node.inputs:
                 self.used.setdefault(value, []).append(node)
         dtypes = {p.dtype for layer in manifest.layers for p in layer.parameters.values() if "float" in p.dtype}
+        self.open = False
+        """Some size beside the batch is not known to Keras, whatever the graph found out later."""
         self.dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
         if self.dtype not in ("float64", "float32", "float16", "bfloat16"):
             self.dtype = "float32"
@@ -621,6 +626,13 @@ class _Builder:
             self._permuted[key] = made
         return self._permuted[key]
 
+    def pinned(self, tensor: _Tensor, sizes: Sequence[int]) -> _Tensor:
+        """The tensor, its sizes (in Keras' order, without the batch) told to Keras by a Reshape if need be."""
+        if not self.open:
+            return tensor
+        name = f"{tensor.reference[0]}.shape"
+        return self.add(name, "Reshape", {"target_shape": list(sizes)}, [tensor.json], None, tensor)
+
     def image(self, tensor: _Tensor) -> _Tensor:
         return self.order(tensor, _last(tensor.rank))
 
@@ -666,6 +678,7 @@ class _Builder:
             shape = (None, width, *shape[2:]) if "channel" in described.axes else (*shape[:-1], width)
         name = self.names.fresh(value)
         batch = [None, *(shape[axis] for axis in perm[1:])]
+        self.open |= None in batch[1:]
         self.entries[name] = _Entry("InputLayer", {"name": name, "batch_shape": batch, "dtype": dtype})
         return _Tensor((name, 0, 0), (None, *shape[1:]), perm, dtype)
 
@@ -710,7 +723,7 @@ class _Builder:
                 size = size or math.prod(kernel.shape[cut:])
                 channels = channels or _channels(kernel.axes[cut:], kernel.shape[cut:])
             elif layer is not None and node.op in ("BatchNormalization", "LayerNormalization", "PRelu"):
-                vector = next(iter(layer.parameters.values()))
+                vector = next(p for p in layer.parameters.values() if not p.state)
                 size = size or (math.prod(vector.shape) if math.prod(vector.shape) > 1 else None)
                 channels = channels or _channels(vector.axes, vector.shape)
                 waiting += [user for output in node.outputs for user in self.used.get(output, ())]
@@ -968,7 +981,7 @@ def _flatten(b: _Builder, node: Node) -> list[_Tensor]:
     if order and order != channels:
         raise _Inexpressible(f"a kernel recorded for {order} channels", f"one for {channels}")
     like = _Tensor(("", 0, 0), (x.shape[0], size), (0, 1), x.dtype, order, x.nonnegative)
-    if _product(x.shape[1:]) is None:
+    if b.open or _product(x.shape[1:]) is None:
         if size is None:
             raise _Inexpressible(
                 "a Flatten of unknown size", "a dense layer behind it that tells", "import into a template"
@@ -1333,7 +1346,8 @@ def _last_norm(b: _Builder, node: Node) -> list[_Tensor]:
     if form[1]["axis"] != -1 and len(form[1]["axis"]) > 2:  # over the whole image: the weights follow its axes
         if len(form[1]["axis"]) != x.rank - 1:
             raise _Inexpressible(f"a norm over {len(form[1]['axis'])} axes of {x.rank}", "all but the batch axis")
-        x = b.image(x)
+        first, *rest = next(iter(layer.parameters.values())).shape
+        x = b.pinned(b.image(x), [*rest, first])
         return [b.weigh(node, form, [x.json], _same(x))]
     if form[1]["axis"] != -1 or x.perm[-1] != x.rank - 1:
         x = b.order(x, _plain(x.rank))
@@ -1350,6 +1364,8 @@ def _prelu(b: _Builder, node: Node) -> list[_Tensor]:
         shared = list(range(1, x.rank - 1)) or None
     else:
         shared = [i + 1 for i, n in enumerate(slope.shape[1:]) if n == 1 and x.rank > 2 and x.shape[i + 2] != 1] or None
+        if not shared and len(slope.shape) == x.rank - 1:
+            x = b.pinned(x, [*slope.shape[1:], slope.shape[0]])
     return [b.weigh(node, ("PReLU", {"shared_axes": shared}), [x.json], _same(x))]
 
 

@@ -65,7 +65,7 @@ def _canonical(path: str, live: Any, split: dict[str, int]) -> list[AnyLayer]:
     window = {k: tuple(config[n]) for k, n in (("strides", "strides"), ("dilation", "dilation_rate")) if n in config}
     if cls == "Dense":
         i, o = shapes["kernel"]
-        made = ("channel position", split["out"], o // split["out"]) if split.get("out") else ("out", o)
+        made = ("out_channel out_position", split["out"], o // split["out"]) if split.get("out") else ("out", o)
         taken = ("channel position", split["in"], i // split["in"]) if split.get("in") else ("in", i)
         return [layer("dense", path, {"kernel": parameter(f"{made[0]} {taken[0]}", *made[1:], *taken[1:]), **bias})]
     if cls.startswith("Conv") and not cls.endswith("Transpose"):
@@ -319,3 +319,180 @@ def test_a_chain_is_a_sequential_of_the_same_layers() -> None:
         "InputLayer", "Conv2D", "AveragePooling2D", "Conv2D", "MaxPooling2D", "Flatten", "Dropout", "Dense", "Dense",
     ]  # fmt: skip
     assert [c for c in classes if c in fused] == fused
+
+
+# Single operators, as torch has them.
+
+
+def conv(**attributes: Any) -> AnyLayer:
+    known = {"strides": (1, 1), "dilation": (1, 1), "padding": ((0, 0), (0, 0)), "groups": 1, **attributes}
+    return layer("conv", "features.0", {"kernel": parameter("out in h w", 4, 3, 3, 3)}, **known)
+
+
+IMAGE = "batch channel height width"
+
+
+def built(layers: list[AnyLayer], graph: Graph) -> tuple[list[str], Any]:
+    config = model_config(manifest(layers, graph))
+    classes = [entry["class_name"] for entry in config["config"]["layers"]][1:]
+    return classes, keras.saving.deserialize_keras_object(config)
+
+
+def test_symmetric_padding_with_strides_is_a_layer_of_its_own() -> None:
+    graph = chain(IMAGE, (None, 3, 8, 8), ("Conv", "features.0", {}, IMAGE, (None, 4, 4, 4)))
+    classes, model = built([conv(strides=(2, 2), padding=((1, 1), (1, 1)))], graph)
+    assert classes == ["ZeroPadding2D", "Conv2D"]
+    assert model.output_shape == (None, 4, 4, 4) and model.get_layer("features.0").padding == "valid"
+
+
+def test_centred_padding_is_same() -> None:
+    graph = chain(IMAGE, (None, 3, 8, 8), ("Conv", "features.0", {}, IMAGE, (None, 4, 8, 8)))
+    classes, model = built([conv(padding=((1, 1), (1, 1)))], graph)
+    assert classes == ["Conv2D"] and model.get_layer("features.0").padding == "same"
+
+
+def test_strides_with_dilation_keep_every_nth_position() -> None:
+    graph = chain(IMAGE, (None, 3, 9, 9), ("Conv", "features.0", {}, IMAGE, (None, 4, 3, 3)))
+    classes, model = built([conv(strides=(2, 2), dilation=(2, 2))], graph)
+    assert classes == ["Conv2D", "MaxPooling2D"] and model.output_shape == (None, 3, 3, 4)
+
+
+def test_a_transposed_convolution_is_cropped() -> None:
+    role = {"kernel": parameter("in out h w", 3, 5, 3, 3)}
+    settings = {"strides": (2, 2), "dilation": (1, 1), "padding": ((1, 1), (1, 1)), "output_padding": (1, 1)}
+    up = layer("conv_transpose", "up", role, groups=1, **settings)
+    graph = chain(IMAGE, (None, 3, 4, 4), ("ConvTranspose", "up", {}, IMAGE, (None, 5, 8, 8)))
+    classes, model = built([up], graph)
+    assert classes == ["Conv2DTranspose", "Cropping2D"] and model.output_shape == (None, 8, 8, 5)
+    assert model.layers[1].cropping == ((1, 0), (1, 0))
+
+
+def test_an_unknown_size_becomes_a_reshape() -> None:
+    fc = layer("dense", "fc", {"kernel": parameter("out channel position", 2, 4, 36)})
+    graph = chain(
+        IMAGE,
+        (None, 3, None, None),
+        ("Conv", "features.0", {}, IMAGE, (None, 4, None, None)),
+        ("Flatten", None, {"axis": 1}, "batch feature", (None, 144)),
+        ("Gemm", "fc", {}, "batch feature", (None, 2)),
+    )
+    classes, model = built([conv(), fc], graph)
+    assert classes == ["Conv2D", "Reshape", "Dense"]
+    assert model.predict(np.ones((1, 8, 8, 3), "float32"), verbose=0).shape == (1, 2)
+
+
+def test_a_flatten_of_an_unsplit_kernel_permutes_the_value() -> None:
+    fc = layer("dense", "fc", {"kernel": parameter("out in", 2, 24)})
+    steps = ("Flatten", None, {"axis": 1}, "batch feature", (None, 24)), ("Gemm", "fc", {}, "batch feature", (None, 2))
+    classes, model = built([fc], chain(IMAGE, (None, 4, 2, 3), *steps))
+    assert classes == ["Permute", "Flatten", "Dense"]
+    x, kernel = np.random.default_rng(1).normal(size=(2, 4, 2, 3)), np.random.default_rng(2).normal(size=(24, 2))
+    model.get_layer("fc").set_weights([kernel])
+    found = model.predict(np.moveaxis(x, 1, -1), verbose=0)
+    np.testing.assert_allclose(found, x.reshape(2, 24) @ kernel, rtol=1e-4, atol=1e-5)
+
+
+ELEMENTWISE: list[tuple[str, dict[str, Any], Callable[[Any], Any]]] = [
+    ("Clip", {"min": 0.0, "max": 6.0}, lambda x: np.clip(x, 0, 6)),
+    ("Clip", {"min": -0.5, "max": 0.75}, lambda x: np.clip(x, -0.5, 0.75)),
+    ("LeakyRelu", {"alpha": 0.07}, lambda x: np.where(x > 0, x, 0.07 * x)),
+    ("Celu", {"alpha": 0.7}, lambda x: np.where(x > 0, x, 0.7 * np.expm1(x / 0.7))),
+    ("HardSigmoid", {"alpha": 0.2, "beta": 0.5}, lambda x: np.clip(0.2 * x + 0.5, 0, 1)),
+    ("HardSigmoid", {"alpha": 1 / 6, "beta": 0.5}, lambda x: np.clip(x / 6 + 0.5, 0, 1)),
+    ("Gelu", {"approximate": "tanh"}, lambda x: 0.5 * x * (1 + np.tanh(0.7978845608 * (x + 0.044715 * x**3)))),
+    ("HardSwish", {}, lambda x: x * np.clip(x / 6 + 0.5, 0, 1)),
+    ("ThresholdedRelu", {"alpha": 0.4}, lambda x: np.where(x > 0.4, x, 0)),
+    ("Shrink", {"lambd": 0.5, "bias": 0.5}, lambda x: np.sign(x) * np.maximum(np.abs(x) - 0.5, 0)),
+    ("Neg", {}, lambda x: -x),
+    ("LogSoftmax", {"axis": 1}, lambda x: x - np.log(np.exp(x).sum(-1, keepdims=True))),
+]
+
+
+@pytest.mark.parametrize(("op", "attributes", "wanted"), ELEMENTWISE)
+def test_elementwise_operators(op: str, attributes: dict[str, Any], wanted: Callable[[Any], Any]) -> None:
+    _, model = built([], chain("batch feature", (None, 40), (op, None, attributes, "batch feature", (None, 40))))
+    x = np.linspace(-4, 8, 80, dtype="float32").reshape(2, 40)
+    np.testing.assert_allclose(model.predict(x, verbose=0), wanted(x.astype("float64")), atol=3e-6)
+
+
+POOL = {"kernel_shape": (3, 3), "strides": (2, 2), "pads": (1, 1, 1, 1)}
+
+
+def test_a_padded_maximum_after_a_relu() -> None:
+    relu = ("Relu", None, {}, IMAGE, (None, 2, 6, 6))
+    classes, _ = built([], chain(IMAGE, (None, 2, 6, 6), relu, ("MaxPool", None, POOL, IMAGE, (None, 2, 3, 3))))
+    assert classes == ["ReLU", "ZeroPadding2D", "MaxPooling2D"]
+    odd = ("MaxPool", None, POOL, IMAGE, (None, 2, 4, 4))
+    assert built([], chain(IMAGE, (None, 2, 7, 7), odd))[0] == ["MaxPooling2D"], "the padding of 'same' on 7"
+
+
+def one(op: str, path: str | None, attributes: dict[str, Any]) -> Graph:
+    return chain(IMAGE, (None, 3, 8, 8), (op, path, attributes, IMAGE, (None, 4, 4, 4)))
+
+
+REFUSALS: list[tuple[str, list[AnyLayer], Graph, str]] = [
+    ("max pool", [], one("MaxPool", None, POOL), "not negative"),
+    ("uncounted average", [], one("AveragePool", None, POOL), "padding that is counted"),
+    ("ceil mode", [], one("MaxPool", None, {**POOL, "pads": (0,) * 4, "ceil_mode": 1}), "ceil_mode"),
+    ("padding mode", [conv(padding_mode="reflect")], one("Conv", "features.0", {}), "'reflect'"),
+    ("unknown strides", [conv(strides=None)], one("Conv", "features.0", {}), "unknown strides"),
+    ("reflection", [], one("Pad", None, {"mode": "reflect", "pads": (0, 0, 1, 1, 0, 0, 1, 1)}), "padding with zeros"),
+    ("operator", [], one("DepthToSpace", None, {"blocksize": 2}), "DepthToSpace"),
+    ("missing layer", [], one("Conv", "features.0", {}), "no layer"),
+]
+
+
+@pytest.mark.parametrize(("name", "layers", "graph", "reason"), REFUSALS, ids=[r[0] for r in REFUSALS])
+def test_what_keras_cannot_compute_is_refused(name: str, layers: list[AnyLayer], graph: Graph, reason: str) -> None:
+    with pytest.raises(Refused, match=reason) as refused:
+        model_config(manifest(layers, graph))
+    assert all(p.where and p.found and p.expected and p.do for p in refused.value.problems)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    role = {"kernel": parameter("in out h w", 4, 2, 3, 3)}
+    grouped = layer("conv_transpose", "up", role, groups=2, strides=(1, 1), padding=((0, 0), (0, 0)))
+    lstm = {
+        "input_kernel": parameter("gate unit in", 4, 3, 2),
+        "recurrent_kernel": parameter("gate unit hidden", 4, 3, 1),
+    }
+    values = {n: Value(axes=tuple(IMAGE.split()), shape=(None, 4, 5, 5)) for n in "xyz"}
+    values |= {n: Value(axes=("batch", "time", "feature"), shape=(None, 5, 2)) for n in "st"}
+    nodes = (
+        Node(name="a", op="ConvTranspose", layer="up", inputs=("x",), outputs=("y",)),
+        Node(name="b", op="Relu", inputs=("y",), outputs=("z",)),
+        Node(name="c", op="LSTM", layer="rnn", inputs=("s",), outputs=("t",)),
+    )
+    graph = Graph(inputs=("x", "s"), outputs=("z", "t"), values=values, nodes=nodes)
+    rnn = layer("lstm", "rnn", {**lstm, "projection": parameter("hidden unit", 1, 3)})
+    with pytest.raises(Refused) as refused:
+        model_config(manifest([grouped, rnn], graph))
+    assert [p.where for p in refused.value.problems] == ["up", "rnn"]
+    assert "groups" in str(refused.value) and "projection" in str(refused.value)
+
+
+def test_without_a_graph_there_is_no_model_but_there_are_layers() -> None:
+    bare = conv(strides=None, dilation=None, padding=None, groups=None)
+    two = {
+        "input_kernel": ("direction gate unit in", 2, 4, 3, 5),
+        "recurrent_kernel": ("direction gate unit hidden", 2, 4, 3, 3),
+    }
+    rnn = layer("lstm", "rnn", {role: parameter(*shape) for role, shape in two.items()})
+    source = manifest([bare, layer("dense", "_x/y", {"kernel": parameter("out in", 2, 3)}), rnn], None)
+    with pytest.raises(Refused, match="without a graph"):
+        model_config(source)
+    classes = layer_classes(source)
+    assert [classes[path][0] for path in ("features.0", "_x/y", "rnn")] == ["Conv2D", "Dense", "LSTM"]
+    assert classes["features.0"][1]["kernel_size"] == [3, 3] and "strides" not in classes["features.0"][1]
+    assert classes["rnn"][1]["bidirectional"] is True
+    assert layer_names(source) == {"features.0": "features.0", "_x/y": "layer_x_y", "rnn": "rnn"}
+    with pytest.raises(Refused, match="kind unknown"):
+        layer_classes(manifest([layer("unknown", "u", {})], None))
+
+
+def test_a_config_of_keras_3_is_given_back() -> None:
+    own = json.loads(lenet().to_json())
+    back = manifest(archived(lenet()).layers, None, "keras", config=own)  # type: ignore[arg-type]
+    assert model_config(back) == own
+    assert layer_classes(back)["c1"][0] == "Conv2D" and layer_classes(back)["c1"][1]["filters"] == 6
+    assert layer_names(back)["f2"] == "f2"
