@@ -54,17 +54,23 @@ _ATTENTION_NAMES = frozenset(_ATTENTION.values())
 _DIRECTIONS = frozenset(("forward_layer", "backward_layer"))
 _ALIASES = frozenset(["model", "net", "network", "module"])
 # What Keras 2 hangs on every layer of a SavedModel beside its own attributes.
-_BOOKKEEPING = _LISTS | frozenset(
-    [
-        "__call__",
-        "call_and_return_all_conditional_losses",
-        "call_and_return_conditional_losses",
-        "_default_save_signature",
-        "_random_generator",
-        "state_spec",
-        "input_spec",
-    ]
+_BOOKKEEPING = (
+    _LISTS
+    | _RANDOM_EDGES
+    | frozenset(
+        [
+            "__call__",
+            "call_and_return_all_conditional_losses",
+            "call_and_return_conditional_losses",
+            "_default_save_signature",
+            "state_spec",
+            "input_spec",
+        ]
+    )
 )
+_STATES = frozenset(["states", "_states"])
+_CELLED = _STATES | {"cell"}
+_DIRECTED = _DIRECTIONS | {"layer"}
 _WRAPPED = frozenset(["layer", "kernel", "_kernel", "vector_u", "sn_u"])
 _POSITION = re.compile(r"layer(?:_with_weights)?-(\d+)\Z")
 _CELL = re.compile(r"(?:lstm|gru|simple_rnn)_cell(?:_\d+)?\Z")
@@ -144,6 +150,8 @@ def _collection(place: Place, nodes: Sequence[Node], integer_scalar: bool) -> st
         return METRICS
     if not _RANDOM_EDGES.isdisjoint(place.edges) or name.endswith("seed_generator_state"):
         return STATE
+    if any(edge in _STATES and _has_cell(nodes[n]) for edge, n in zip(place.edges, owners, strict=True)):
+        return STATE
     if name in _COUNTERS or (integer_scalar and len(place.edges) == 1):
         return STATE
     return None
@@ -159,6 +167,10 @@ def _named_collection(key: str, keys: set[str]) -> str | None:
     if _POWERS.match(key) or "/.OPTIMIZER_SLOT/" in key:
         return OPTIMIZER
     return STATE if last in _COUNTERS else None
+
+
+def _has_cell(node: Node) -> bool:
+    return any(name == "cell" for name, _ in node.children)
 
 
 def _is_optimizer(node: Node) -> bool:
@@ -277,13 +289,13 @@ def _collect(
         parent = nodes[place.nodes[used - 2]]
         if used > 3 and last.isdigit() and edges[used - 3 : used - 1] == ("cell", "cells"):
             suffix, step, dropped = (last, *suffix), 3, 2
-        elif last == "cell":
+        elif last == "cell" and _holds_only(_CELLED, parent, nodes):
             step, dropped = 1, 1
-        elif last in _DIRECTIONS:
+        elif last in _DIRECTIONS and _holds_only(_DIRECTED, parent, nodes):
             prefix, step, dropped = (last, *prefix), 1, 1
         elif last in _ATTENTION:
             prefix, step, dropped = (_ATTENTION[last], *prefix), 1, 1
-        elif last == "layer" and edges[used - 2] not in _ALIASES and _wraps(parent):
+        elif last == "layer" and edges[used - 2] not in _ALIASES and _holds_only(_WRAPPED, parent, nodes):
             step, dropped = 1, int(keras3)
         else:
             break
@@ -294,9 +306,12 @@ def _collect(
     layer.variables.append(("/".join((*prefix, local)), place.attribute.key, names))
 
 
-def _wraps(node: Node) -> bool:
-    """Whether an object is a wrapper around one layer, such as TimeDistributed."""
-    return {name for name, _ in node.children} - _BOOKKEEPING <= _WRAPPED
+def _holds_only(allowed: frozenset[str], node: Node, nodes: Sequence[Node]) -> bool:
+    """Whether an object is a wrapper: beside what is allowed it has only Keras' bookkeeping and empty structures."""
+    return all(
+        name in allowed or name in _BOOKKEEPING or not (nodes[child].children or nodes[child].attributes)
+        for name, child in node.children
+    )
 
 
 def _levels(layer: _Layer) -> list[_Level]:

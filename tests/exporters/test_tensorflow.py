@@ -289,6 +289,19 @@ def test_several_models_and_lists_of_layers(tmp_path: Path) -> None:
     assert not model.ordered
 
 
+@pytest.mark.parametrize("package", [keras, tf_keras])
+def test_the_states_and_seeds_of_a_recurrent_layer_are_no_weights(tmp_path: Path, package: Any) -> None:
+    start = package.Input(batch_shape=(2, 7, 4))
+    found = package.layers.LSTM(3, stateful=True, dropout=0.3, return_sequences=True, name="enc")(start)
+    found = package.layers.Bidirectional(package.layers.GRU(2, recurrent_dropout=0.3), name="both")(found)
+    live = package.Model(start, found)
+    live(np.zeros((2, 7, 4), "f4"), training=True)
+    tf.train.Checkpoint(model=live).write(str(tmp_path / "x"))
+    model = read(tmp_path / "x")
+    assert names(model) == {"enc": CELL, "both": BOTH}
+    assert all(tensor.state for tensor in model.collections.get("state", ()))
+
+
 def test_custom_keras_2_layers_are_unknown(tmp_path: Path) -> None:
     class Scale(K.Layer):  # type: ignore[misc]
         def build(self, shape: Any) -> None:
