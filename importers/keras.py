@@ -329,9 +329,9 @@ def legacy_config(entry: Config) -> dict[str, Any]:
                 config[key] = [[*pair, 0] for pair in history_list(config[key])]
     for key in ("layer", "cell", "backward_layer"):
         if isinstance(config.get(key), Mapping) and "class_name" in config[key]:
-            config[key] = legacy_config(config[key])
+            config[key] = _inner(config[key])
     if isinstance(config.get("cells"), list):
-        config["cells"] = [legacy_config(cell) for cell in config["cells"]]
+        config["cells"] = [_inner(cell) for cell in config["cells"]]
     if isinstance(config.get("dtype"), Mapping):
         config["dtype"] = config["dtype"]["config"]["name"]
     if entry["class_name"] == "InputLayer" and "batch_shape" in config:
@@ -344,6 +344,11 @@ def legacy_config(entry: Config) -> dict[str, Any]:
         legacy["name"] = config["name"]
         legacy["inbound_nodes"] = [_legacy_node(node) for node in entry["inbound_nodes"]]
     return legacy
+
+
+def _inner(entry: Config) -> dict[str, Any]:
+    """A layer inside a wrapper: both versions look it up by its module."""
+    return {**legacy_config(entry), "module": "keras.layers", "registered_name": None}
 
 
 def _legacy_node(node: Any) -> Any:

@@ -260,12 +260,7 @@ def _model_slots(model: Config, place: _Place) -> Iterator[Slot]:
     trainable = place.trainable and not (isinstance(config, Mapping) and config.get("trainable") is False)
     for entry in model_layers(model):
         name = entry_name(entry)
-        cls = (
-            "Functional"
-            if is_model(entry) and entry["class_name"] == "Model"
-            else entry["class_name"].rpartition(">")[2]
-        )
-        inner = place.down(f"layers/{counter.unique(snake_case(cls))}", name, path=name)
+        inner = place.down(f"layers/{counter.unique(snake_case(python_name(entry)))}", name, path=name)
         yield from _slots(
             entry, _Place(inner.group, inner.path, place.top or name, inner.names, place.flags, trainable, inner.depth)
         )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -93,7 +93,7 @@ _PARTS: Mapping[str, tuple[Part, ...]] = {
     "ConvLSTM2D": (Part("cell", "ConvLSTM2DCell"),),
     "ConvLSTM3D": (Part("cell", "ConvLSTM3DCell"),),
     "MultiHeadAttention": _HEADS,
-    "GroupedQueryAttention": _HEADS,
+    "GroupedQueryAttention": tuple(replace(head, group=f"_{head.group}") for head in _HEADS),
 }
 
 PYTHON_NAME: Mapping[str, str] = {"GroupQueryAttention": "GroupedQueryAttention"}

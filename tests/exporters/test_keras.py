@@ -75,6 +75,7 @@ def test_every_tensor_has_its_layer_and_name(tmp_path: Path, name: str, k: Any, 
     check(full, model)
     check(legacy, model)
     check(read(tmp_path / "x.weights.h5"), model, named=False)
+    assert not [note for note in full.notes if "no variables" in note or "unnamed" in note]
     assert full.ordered and legacy.ordered and full.metadata["config"]["class_name"]
     tops = list(dict.fromkeys(layer.path.split(".")[0] for layer in full.layers))
     assert tops == [layer.name for layer in model.layers]
