@@ -1506,7 +1506,7 @@ class _Model:
             for flow in given:
                 self.b.taint(flow)
             return lambda index: Flow(f"{path}?{index}", _as_shape(declared.get(index)), opaque=True)
-        return lambda index: outputs[index]
+        return _numbered(outputs)
 
     def _layer(
         self,
@@ -1638,6 +1638,15 @@ _FOLLOW_OPAQUE = {
     "Add", "Subtract", "Multiply", "Maximum", "Minimum", "Average", "Concatenate",
 }  # fmt: skip
 """Layers that can be followed although their input comes from a layer that was not understood."""
+
+
+def _numbered(outputs: Sequence[Flow]) -> Callable[[int], Flow]:
+    def output(index: int) -> Flow:
+        if not 0 <= index < len(outputs):
+            raise _Malformed(f"output {index} of a layer that has {len(outputs)}")
+        return outputs[index]
+
+    return output
 
 
 def _always(flow: Flow) -> Callable[[int], Flow]:
@@ -1809,8 +1818,11 @@ def capture(config: Mapping[str, Any]) -> tuple[Graph | None, Splits, list[str]]
             if config.get("class_name") not in _MODELS or _foreign(config):
                 raise _Malformed(f"a model of class {config.get('class_name')!r}, which only its own code can wire")
             builder, outputs = _pass(config, decisions)
-        except (_Malformed, _Unclear, RecursionError) as error:
+        except (_Malformed, _Unclear) as error:
             return None, {}, [printable(f"model: {error}; the archive has no graph")]
+        except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+            reason = f"its settings make no sense ({type(error).__name__})"
+            return None, {}, [printable(f"model: {reason}; the archive has no graph")]
         if not decisions.changed:
             break
     else:
