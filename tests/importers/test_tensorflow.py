@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 import tf_keras
 
+import neutral
 from neutral.containers.tensor_bundle import Strings, write_bundle
 from neutral.errors import BadFile, Refused, Unsupported
 from neutral.exporters.tensorflow import read, read_live
@@ -233,6 +234,16 @@ def test_strings_come_back(tmp_path: Path) -> None:
     write_bundle(tmp_path / "x", {"d/kernel": from_array(np.ones((2, 3)))}, {"words": words})
     build(read(tmp_path / "x"), NO_GRAPH, tmp_path / "y")
     assert list(tf.train.load_checkpoint(str(tmp_path / "y")).get_tensor("words")) == [b"a", b"\xff"]
+
+
+def test_a_saved_model_is_made_from_a_graph(tmp_path: Path) -> None:
+    live = network()
+    live.save(tmp_path / "x.keras")
+    neutral.convert(tmp_path / "x.keras", tmp_path / "x.savedmodel", to="tensorflow")
+    x = np.random.default_rng(0).normal(size=(4, 5)).astype("f4")
+    loaded = tf.saved_model.load(str(tmp_path / "x.savedmodel"))
+    np.testing.assert_allclose(loaded.serve(x), live(x), atol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.keras", "x.savedmodel"]
 
 
 def test_a_saved_model_needs_a_graph(tmp_path: Path) -> None:
