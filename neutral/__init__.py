@@ -12,13 +12,9 @@ a live model, `convert` does both at once; `open_archive`, `diff` and `digest` l
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+from neutral.archive import Archive, open_archive
+from neutral.convert import Difference, Report, convert, diff, digest, export_model, import_model
 from neutral.errors import BadFile, NeutralError, Refused, Unsupported, WrongUsage
-
-if TYPE_CHECKING:
-    from neutral.archive import Archive, open_archive
-    from neutral.convert import Difference, Report, convert, diff, digest, export_model, import_model
 
 __all__ = [
     "Archive",
@@ -36,14 +32,3 @@ __all__ = [
     "import_model",
     "open_archive",
 ]
-
-_HOMES = {"Archive": "neutral.archive", "open_archive": "neutral.archive"}
-
-
-def __getattr__(name: str) -> Any:
-    # Loaded when first used: `neutral --help` needs none of it.
-    if name not in __all__:
-        raise AttributeError(f"module 'neutral' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_HOMES.get(name, "neutral.convert")), name)

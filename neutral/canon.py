@@ -69,8 +69,6 @@ def row_layout(
         if name == "direction":
             canonical = f"direction {canonical}"
     for axis in channels or {}:
-        if canonical == "...":
-            canonical = native = "feature"
         channel, position = CROSSING[axis]
         joined = flatten.replace("channel", channel).replace("position", position)
         canonical = " ".join(f"({channel} {position})" if word == axis else word for word in canonical.split())
@@ -80,10 +78,9 @@ def row_layout(
 
 def row_channels(row: Row, kind: str, channels: Mapping[str, int]) -> dict[str, int]:
     """Those of a layer's Flatten axes that this row has."""
-    words = (
-        row.canonical or (role_expression(kind, row.role) if row.role in KINDS[kind].parameters_of else "")
-    ).split()
-    return {axis: n for axis, n in channels.items() if axis in words or (axis == "feature" and words == ["..."])}
+    known = row.role in KINDS[kind].parameters_of
+    words = (row.canonical or (role_expression(kind, row.role) if known else "")).split()
+    return {axis: n for axis, n in channels.items() if axis in words}
 
 
 def bind(form: Form, shapes: Mapping[str, tuple[int, ...]]) -> Binding | str:
@@ -266,16 +263,19 @@ class _Crossing:
     def of(cls, known: Sequence[Known]) -> _Crossing:
         found: set[int] = set()
         for item in known:
-            for tensor in item.layer.tensors.values():
-                if len(tensor.data.shape) >= 3 and (item.binding is None or _kind_of(item.binding) in _WITH_SPACE):
-                    found.update(tensor.data.shape)
+            if item.binding is None:
+                shapes = (tensor.data.shape for tensor in item.layer.tensors.values())
+                found.update(n for shape in shapes if len(shape) >= 3 for n in shape)
+            elif _kind_of(item.binding) in _WITH_SPACE:
+                for bound in item.binding.parts:
+                    found.update(bound.sizes[axis] for axis in ("in", "out", "channel", "group") if axis in bound.sizes)
         return cls(frozenset(found))
 
     def may(self, axis: str, kind: str, size: int) -> bool:
-        """True if an axis of this size may join channels and positions."""
+        """True if an axis of this size may join channels and positions, of one feature map or of several."""
         if kind != "dense" and size in self.channels:
             return False
-        return any(1 < c < size and size % c == 0 for c in self.channels)
+        return any(1 < c < size for c in self.channels)
 
 
 _WITH_SPACE = ("conv", "conv_transpose", "depthwise", "separable")
@@ -293,8 +293,19 @@ def _canonical(
     state = {local: _raw(local, tensor) for local, tensor in layer.tensors.items() if tensor.state}
     if known.binding is None:
         tensors = {local: _raw(local, tensor) for local, tensor in layer.tensors.items()}
+        given = splits.get(layer.path) if flatten is None else flatten.get(layer.path, {})
+        doubts = () if given is not None else _doubts(known, crossing)
         return [
-            CanonicalLayer(layer.path, "unknown", tensors, {}, "none", layer.cls, layer.path, None, known.candidates)
+            CanonicalLayer(
+                path=layer.path,
+                kind="unknown",
+                tensors=tensors,
+                native=layer.cls,
+                native_path=layer.path,
+                candidates=known.candidates,
+                channels=dict(given or {}),
+                undecided=doubts,
+            )
         ]
     layers = []
     for bound in known.binding.parts:
@@ -343,22 +354,22 @@ def _flattened(
         else flatten.get(path, flatten.get(native_path, {}))
     )
     axes = {axis: sizes[axis] for axis in _MAY_CROSS[kind] if axis in sizes}
-    if kind == "layer_norm" and "x0" in sizes and "x1" not in sizes:
-        axes = {"feature": sizes["x0"]}
     if given is None:
         return {}, tuple(axis for axis, size in axes.items() if crossing.may(axis, kind, size))
-    wanted = {("feature" if axis == "in" and "feature" in axes else axis): n for axis, n in given.items()}
+    wanted = {("feature" if "feature" in axes else axis): n for axis, n in given.items()}
     for axis, n in wanted.items():
         if axis not in axes or n <= 0 or axes[axis] % n:
-            raise Refused(
-                Problem(
-                    axis,
-                    f"{n} channels",
-                    f"a divisor of its {axes.get(axis, 0)} elements",
-                    "correct the number of channels",
-                )
-            )
+            found = f"{n} channels for {axes.get(axis, 'no')} elements"
+            raise Refused(Problem(axis, found, "channels that divide the elements", "correct the number of channels"))
     return {axis: n for axis, n in wanted.items() if 1 < n < axes[axis]}, ()
+
+
+def _doubts(known: Known, crossing: _Crossing) -> tuple[str, ...]:
+    """The axes of a layer of unknown kind that may cross a Flatten, whichever of its candidates it is."""
+    sizes = {n for tensor in known.layer.tensors.values() for n in tensor.data.shape if len(tensor.data.shape) <= 2}
+    kinds = [kind for kind in known.candidates if kind in _MAY_CROSS]
+    axes = {axis for kind in kinds for axis in _MAY_CROSS[kind] if any(crossing.may(axis, kind, n) for n in sizes)}
+    return tuple(sorted(axes))
 
 
 def _part_tensors(

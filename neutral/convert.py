@@ -48,7 +48,7 @@ from neutral.containers.files import check_output, refuse_same
 from neutral.conventions.forms import Convention
 from neutral.errors import BadFile, NeutralError, Problem, Refused, WrongUsage, raise_all
 from neutral.frameworks import ARCHIVE, FRAMEWORKS, Framework
-from neutral.match import Pair, Pairing, Side, differing_settings, pair_layers
+from neutral.match import Pair, Side, differing_settings, pair_layers
 from neutral.native import NativeLayer, NativeModel, NativeTensor, Tensor
 from neutral.schema.kinds import KINDS
 from neutral.schema.manifest import Loss, Manifest, Source
@@ -173,7 +173,7 @@ def _read(
         name, native = _read_live(source, format)
         return _canonical(native, FRAMEWORKS[name], key, kinds, flatten), native.close, None
     where = Path(source)
-    name, found = frameworks.by_format(format) if format is not None else frameworks.detect(where)
+    name, _ = frameworks.by_format(format) if format is not None else frameworks.detect(where)
     if name == ARCHIVE:
         archive = open_archive(where)
         try:
@@ -620,8 +620,9 @@ def _pair(
     sources = {layer.path: layer for layer in contents.layers}
     partner = {pair.target: sources[pair.source] for pair in pairing.pairs}
     alike = _same_family(origin, convention)
+    told = ("config" in contents.source.settings, template.metadata.get("config") is not None)
     for item, layers in known:
-        _fill_layer(item, layers, partner, pairing, convention, origin, alike, cast, journey)
+        _fill_layer(item, layers, partner, convention, origin, alike, told, cast, journey)
     raise_all(Refused, journey.problems)
 
 
@@ -633,10 +634,10 @@ def _fill_layer(
     item: Known,
     layers: Sequence[CanonicalLayer],
     partner: Mapping[str, CanonicalLayer],
-    pairing: Pairing,
     convention: Convention,
     origin: Convention,
     alike: bool,
+    told: tuple[bool, bool],
     cast: bool,
     journey: _Journey,
 ) -> None:
@@ -670,7 +671,12 @@ def _fill_layer(
             problems, remarks = differing_settings(layer, goal, alike)
             journey.problems += problems
             journey.warnings += remarks
-            ready.append(_reconciled(layer, goal, origin, convention))
+            ready.append(_reconciled(layer, goal, origin, convention, told))
+            if ready[-1].channels and (layer.undecided or goal.undecided) and origin.flatten != convention.flatten:
+                whose, which = ("source", origin) if layer.undecided else ("template", convention)
+                journey.warnings.append(
+                    f"{layer.path}: the {whose} does not say how it flattens; taken to be as {which.framework} does by itself, ({which.flatten})"
+                )
     except NeutralError as error:
         journey.problems += [
             replace(p, where=p.where if p.where.startswith(native.path) else f"{native.path}: {p.where}")
@@ -739,10 +745,10 @@ def _as_known(layer: CanonicalLayer, binding: Binding, origin: Convention) -> li
             )
         )
     native = _raw_native(layer)
-    model = NativeModel(origin.framework, "", (native,), splits={native.path: {}})
-    return [
-        canonical for _, found in read_layers(model, origin, kinds={_escaped(native.path): kind}) for canonical in found
-    ]
+    model = NativeModel(origin.framework, "", (native,), splits={native.path: layer.channels})
+    found = [c for _, layers in read_layers(model, origin, kinds={_escaped(native.path): kind}) for c in layers]
+    axes = {axis for canonical in found for tensor in canonical.weights.values() for axis in tensor.axes}
+    return [replace(canonical, undecided=tuple(a for a in layer.undecided if a in axes)) for canonical in found]
 
 
 def _escaped(path: str) -> str:
@@ -759,31 +765,22 @@ def _raw_native(layer: CanonicalLayer) -> NativeLayer:
 
 
 def _reconciled(
-    layer: CanonicalLayer, goal: CanonicalLayer, origin: Convention, convention: Convention
+    layer: CanonicalLayer, goal: CanonicalLayer, origin: Convention, convention: Convention, told: tuple[bool, bool]
 ) -> CanonicalLayer:
-    """The layer with its Flatten axes as the template has them, or `Refused` where neither side knows them."""
-    if layer.undecided and not goal.undecided:
-        return _decided(layer, dict(goal.channels), origin)
+    """The layer with its Flatten axes as the template has them, or `Refused` where neither side knows them.
+
+    A side without a config is taken to flatten as its framework does by itself; one whose config (`told`, of source
+    and template) leaves the layer open flattens in a way of its own.
+    """
+    if origin.flatten != convention.flatten and ((layer.undecided and told[0]) or (goal.undecided and told[1])):
+        raise Refused(undecided_problem(layer if layer.undecided else goal))
+    if not goal.undecided:
+        return (
+            _decided(layer, dict(goal.channels), origin) if layer.undecided else replace(layer, channels=goal.channels)
+        )
     if layer.undecided and origin.flatten != convention.flatten:
         raise Refused(undecided_problem(layer))
-    if not goal.undecided and layer.channels != goal.channels and _crossable(layer, goal):
-        raise Refused(
-            Problem(
-                f"{layer.path} -> {goal.path}",
-                f"a Flatten of {_told(layer.channels)} in the source",
-                f"{_told(goal.channels)} as in the template",
-                "check that both models flatten the same tensor",
-            )
-        )
     return layer
-
-
-def _crossable(layer: CanonicalLayer, goal: CanonicalLayer) -> bool:
-    return layer.kind == goal.kind
-
-
-def _told(channels: Mapping[str, int]) -> str:
-    return ", ".join(f"{n} channels ({axis})" for axis, n in channels.items()) or "no channels"
 
 
 def _decided(layer: CanonicalLayer, channels: dict[str, int], origin: Convention) -> CanonicalLayer:

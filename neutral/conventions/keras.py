@@ -259,7 +259,7 @@ def _slopes() -> tuple[Form, ...]:
 
 def _layer_norms() -> tuple[Form, ...]:
     """One or two axes are the last ones of a sequence; three or more those of an image, its channels last."""
-    axes = {"x": "x", "y x": "y x", "h w c": "c h w", "d h w c": "c d h w"}
+    axes = {"feature": "feature", "y x": "y x", "h w c": "c h w", "d h w c": "c d h w"}
     return tuple(
         Form(
             ("LayerNormalization",),
