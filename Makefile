@@ -2,6 +2,7 @@
 # make test   the whole test suite
 # make check  ruff, mypy, import-linter, the README table, the tests against the built wheel
 # make table  write the support table into the README
+# make schema write the published JSON Schema of the manifest
 # make bench  speed and memory, beside cp and the hand-written way
 #
 # Each makes .venv first if it is missing or older than pyproject.toml and constraints.txt.
@@ -18,7 +19,7 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 export TF_ENABLE_ONEDNN_OPTS := 0
 export KERAS_BACKEND := tensorflow
 
-.PHONY: demo test check lint types layers readme wheel table bench clean
+.PHONY: demo test check lint types layers readme wheel table schema bench clean
 
 demo: $(READY)
 	$(BIN)/python demo/lenet5.py
@@ -46,6 +47,10 @@ wheel: $(READY)
 
 table: $(READY)
 	$(BIN)/python -m tests.table
+
+schema: $(READY)
+	$(BIN)/python -c 'import json; from neutral.schema.manifest import json_schema; \
+		print(json.dumps(json_schema(), indent=1, sort_keys=True))' > schema/manifest.schema.json
 
 bench: $(READY)
 	$(BIN)/python bench/bench.py

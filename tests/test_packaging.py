@@ -1,5 +1,6 @@
 """What is shipped: the packages, the pins, the promises of pyproject.toml."""
 
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 import neutral
 from neutral import schema
+from neutral.schema.manifest import json_schema
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -39,7 +41,8 @@ def test_every_package_is_listed() -> None:
 
 def test_the_package_is_typed_and_brings_its_schema() -> None:
     assert (Path(neutral.__path__[0]) / "py.typed").is_file()
-    assert list(Path(schema.__path__[0]).glob("*.json"))
+    published = Path(schema.__path__[0]) / "manifest.schema.json"
+    assert json.loads(published.read_text("utf-8")) == json_schema(), "run `make schema`"
 
 
 def test_every_direct_dependency_is_pinned() -> None:
