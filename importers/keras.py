@@ -288,16 +288,31 @@ def write_legacy(out: BinaryIO, config: Config, layers: Iterable[NativeLayer]) -
     for top in sorted(names):
         trained: list[tuple[str, Tensor]] = []
         others: list[tuple[str, Tensor]] = []
+        scopes = Counter()
         for slot, tensors in by_top.get(top, []):
             for holder in slot.holders:
-                for name in own_variables(holder.cls, holder.config):
-                    if name != "spectral/0":
-                        full = f"{holder.group.partition('/')[2]}/{name}:0".replace("/vars", "")
-                        late = name in NOT_TRAINED or not holder.trainable
-                        (others if late else trained).append((full, tensors[_local(holder, name)]))
+                own = [name for name in own_variables(holder.cls, holder.config) if name != "spectral/0"]
+                scope = scopes.unique(_scope(holder)) if own else ""
+                for name in own:
+                    late = name in NOT_TRAINED or not holder.trainable
+                    full = f"{scope}/{_LEGACY_NAMES.get(name, name)}:0"
+                    (others if late else trained).append((full, tensors[_local(holder, name)]))
         groups[f"model_weights/{top}"] = {"weight_names": [name for name, _ in trained + others]}
         datasets.update({f"model_weights/{top}/{name}": tensor for name, tensor in trained + others})
     plan_hdf5(Hdf5Tree(_split_long(groups), datasets)).write(out)
+
+
+_LEGACY_NAMES = {"spectral/1": "vector_u"}
+
+
+def _scope(holder: Holder) -> str:
+    """The names around a variable: of the layers it lies in, and of its cell."""
+    steps = []
+    for level, names in enumerate(holder.names):
+        directed = sorted(name for name in names if name.startswith(("forward_", "backward_")))
+        last = level == len(holder.names) - 1
+        steps.append(directed[0] if directed else min(names, default=snake_case(holder.cls) if last else "cell"))
+    return "/".join(steps)
 
 
 _ATTRIBUTE_LIMIT = 64512
@@ -352,29 +367,20 @@ def _inner(entry: Config) -> dict[str, Any]:
 
 
 def _legacy_node(node: Any) -> Any:
-    """One call of a layer: `[["a", 0, 0, {}], ...]`; arguments by name go with the first tensor."""
+    """One call of a layer as both versions read it: `[["a", 0, 0, {settings}], ...]`.
+
+    A call with several arguments that are tensors stays as it is: Keras 2 puts them among the settings, where Keras 3
+    does not look for tensors.
+    """
     if not isinstance(node, Mapping):
         return node
-    tensors = [_history(value) for value in _flat(node.get("args", []))]
-    kwargs = {
-        key: _history(value) if _is_tensor(value) else value
-        for key, value in node.get("kwargs", {}).items()
-        if value is not None
-    }
-    return [[*history, kwargs if index == 0 else {}] for index, history in enumerate(tensors)]
+    args = node.get("args", [])
+    tensors = args[0] if len(args) == 1 and isinstance(args[0], list) else args[:1]
+    settings = {key: value for key, value in node.get("kwargs", {}).items() if value is not None}
+    if len(args) != 1 or not all(map(_is_tensor, tensors)) or "__keras_tensor__" in json.dumps(settings):
+        return node
+    return [[*each["config"]["keras_history"], settings if i == 0 else {}] for i, each in enumerate(tensors)]
 
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Mapping) and value.get("class_name") == "__keras_tensor__"
-
-
-def _history(value: Any) -> list[Any]:
-    if not _is_tensor(value):
-        raise Unsupported(
-            Problem("config", f"a call with argument {value!r}", "tensors", "write a .keras file instead")
-        )
-    return list(value["config"]["keras_history"])
-
-
-def _flat(value: Any) -> list[Any]:
-    return [leaf for part in value for leaf in _flat(part)] if isinstance(value, list) else [value]

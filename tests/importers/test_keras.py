@@ -181,7 +181,7 @@ def test_a_new_keras_file_is_the_model(tmp_path: Path, name: str) -> None:
     assert (tmp_path / "b.keras").read_bytes() == (tmp_path / "c.keras").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["sequential", "many", "branches", "recurrent", "others"])
+@pytest.mark.parametrize("name", ["sequential", "many", "branches", "nested", "recurrent", "others"])
 def test_a_new_legacy_file_is_the_model(tmp_path: Path, name: str) -> None:
     model = made(BOTH[name])
     x = inputs(model)
