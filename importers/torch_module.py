@@ -14,6 +14,7 @@ torch user expects. What is no layer is computed between them.
 
 from __future__ import annotations
 
+import io
 import math
 import operator
 import warnings
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +54,7 @@ def layer_classes(manifest: Manifest) -> dict[str, NativeClass]:
         op, rank = uses.get(layer.path, ("", None))
         # An instance norm is a group norm of one channel a group; torch rounds the two differently.
         kind = "group_norm" if (layer.kind, op) == ("instance_norm", "GroupNormalization") else layer.kind
-        if kind == "unknown":
+        if kind == "unknown" or all(parameter.state for parameter in layer.parameters.values()):
             continue
         try:
             found[layer.path] = _CLASSES[kind](layer, rank)
@@ -591,7 +592,9 @@ def _run_recurrent(c: _Call) -> Any:
     ways = shapes.directions(c.layer)
     gated = c.layer.kind == "lstm"
     x = c.x.flip(1) if c.layer.go_backwards else c.x
-    y, final = c.module(x, _first_state(c, gated))
+    # torch.export writes a recurrent module out step by step, which fixes the number of steps; a scan does not.
+    state = _first_state(c, gated)
+    y, final = c.module(x, state) if isinstance(x.shape[1], int) else _scan(c, x, state)
     h = final[0] if gated else final
     if not c.flag("return_sequences"):
         parts = [h[i] for i in range(ways)]
@@ -613,6 +616,74 @@ def _first_state(c: _Call, gated: bool) -> Any:
     return c.torch.stack(states)
 
 
+def _scan(c: _Call, x: Any, state: Any) -> tuple[Any, Any]:
+    """What the module of a recurrent layer returns, for a number of steps that is not known."""
+    from torch._higher_order_ops.scan import scan
+
+    linear = c.functional.linear
+    outputs, finals = [], []
+    for way in range(shapes.directions(c.layer)):
+        weights = {
+            name: getattr(c.module, f"{name}_l0{'_reverse' if way else ''}", None)
+            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+        }
+        steps = linear(x.flip(1) if way else x, weights["weight_ih"], weights["bias_ih"]).transpose(0, 1)
+        step = _STEPS[c.layer.kind](c, weights)
+        final, made = scan(step, _carry(c, x, state, way), steps)
+        outputs.append(made.transpose(0, 1).flip(1) if way else made.transpose(0, 1))
+        finals.append(final)
+    states = tuple(c.torch.stack(parts) for parts in zip(*finals, strict=True))
+    return c.torch.cat(outputs, -1), states if c.layer.kind == "lstm" else states[0]
+
+
+def _carry(c: _Call, x: Any, state: Any, way: int) -> tuple[Any, ...]:
+    if state is None:
+        sizes = [shapes.state_size(c.layer)]
+        sizes += [shapes.size(shapes.kernel(c.layer), "unit")] if c.layer.kind == "lstm" else []
+        return tuple(x.new_zeros(x.shape[0], n) for n in sizes)
+    return tuple(part[way].clone() for part in (state if isinstance(state, tuple) else (state,)))
+
+
+def _lstm_step(c: _Call, weights: Mapping[str, Any]) -> Any:
+    def step(carry: Any, given: Any) -> Any:
+        hidden, cell = carry
+        gates = given + c.functional.linear(hidden, weights["weight_hh"], weights["bias_hh"])
+        i, f, g, o = gates.chunk(4, -1)
+        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+        hidden = o.sigmoid() * cell.tanh()
+        if weights["weight_hr"] is not None:
+            hidden = c.functional.linear(hidden, weights["weight_hr"])
+        return (hidden, cell), hidden.clone()
+
+    return step
+
+
+def _gru_step(c: _Call, weights: Mapping[str, Any]) -> Any:
+    def step(carry: Any, given: Any) -> Any:
+        (hidden,) = carry
+        own = c.functional.linear(hidden, weights["weight_hh"], weights["bias_hh"])
+        (r, z, n), (own_r, own_z, own_n) = given.chunk(3, -1), own.chunk(3, -1)
+        new = (n + (r + own_r).sigmoid() * own_n).tanh()
+        update = (z + own_z).sigmoid()
+        hidden = (1 - update) * new + update * hidden
+        return (hidden,), hidden.clone()
+
+    return step
+
+
+def _rnn_step(c: _Call, weights: Mapping[str, Any]) -> Any:
+    activation = c.torch.relu if c.layer.activation == "relu" else c.torch.tanh
+
+    def step(carry: Any, given: Any) -> Any:
+        hidden = activation(given + c.functional.linear(carry[0], weights["weight_hh"], weights["bias_hh"]))
+        return (hidden,), hidden.clone()
+
+    return step
+
+
+_STEPS = {"lstm": _lstm_step, "gru": _gru_step, "simple_rnn": _rnn_step}
+
+
 def _merged(c: _Call, parts: list[Any], joined: Any) -> list[Any]:
     if len(parts) == 1:
         return parts
@@ -629,9 +700,9 @@ def _merged(c: _Call, parts: list[Any], joined: Any) -> list[Any]:
 
 
 def _run_attention(c: _Call) -> Any:
-    query = c.ins[0]
-    value = c.ins[1] if len(c.ins) > 1 else query
-    key = c.ins[2] if len(c.ins) > 2 else value
+    if len(c.ins) not in (1, 3):
+        raise c.refuse(f"{len(c.ins)} inputs", "one, or a query, a key and a value")
+    query, key, value = c.ins if len(c.ins) == 3 else (c.x,) * 3
     mask = None
     if c.flag("is_causal"):
         mask = c.torch.ones(query.shape[1], key.shape[1], dtype=c.torch.bool, device=query.device).triu(1)
@@ -1000,7 +1071,29 @@ def export(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = F
             Problem(str(out), f"a graph that torch.export cannot take ({_first_line(error)})", "one that it can")
         ) from error
     with new_file(out, force) as file:
-        torch.export.save(program, file)
+        torch.export.save(program, cast(BinaryIO, _Stream(file)))
+
+
+class _Stream(io.RawIOBase):
+    """The file as torch wants to see one: an io object that can be written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def write(self, data: Any, /) -> int:
+        return self._file.write(data)
 
 
 def _is_free(graph: Graph, name: str, axis: int) -> bool:
