@@ -404,13 +404,17 @@ def _form(layer: AnyLayer, known: bool) -> Form:
 
 
 def layer_classes(manifest: Manifest) -> dict[str, Form]:
-    """Path -> (Keras class name, its config) for each layer of the manifest, with a graph or without one."""
+    """Path -> (Keras class name, its config) for each layer with weights, with a graph or without one.
+
+    A PReLU's config also has `alpha_rank`, which follows from its input and not from its settings.
+    """
+    weighed = [layer for layer in manifest.layers if any(not p.state for p in layer.parameters.values())]
     own = _own_config(manifest)
     if own is not None:
         known = _walk(own)
         return {
             layer.path: _unwrapped(known.get(_native_path(layer, known), (layer.native or layer.kind, {})))
-            for layer in manifest.layers
+            for layer in weighed
         }
     names = layer_names(manifest)
     found: dict[str, Form] = {}
@@ -419,7 +423,7 @@ def layer_classes(manifest: Manifest) -> dict[str, Form]:
         builder.run()
         found = builder.forms
     problems: list[Problem] = []
-    for layer in manifest.layers:
+    for layer in weighed:
         if layer.path in found:
             continue
         try:
@@ -431,7 +435,7 @@ def layer_classes(manifest: Manifest) -> dict[str, Form]:
                 config = {**config, "activation": layer.activation}
             found[layer.path] = cls, {"name": names[layer.path], **config}
     raise_all(Refused, problems)
-    return {layer.path: _unwrapped(found[layer.path]) for layer in manifest.layers}
+    return {layer.path: _unwrapped(found[layer.path]) for layer in weighed}
 
 
 def _unwrapped(form: Form) -> Form:
@@ -497,8 +501,9 @@ class _Builder:
         self.layers: dict[str, AnyLayer] = {layer.path: layer for layer in manifest.layers}
         self.paths = layer_names(manifest)
         self.names = _Names()
-        for name in self.paths.values():
-            self.names.fresh(name)
+        for layer in manifest.layers:
+            if layer.parameters:
+                self.names.fresh(self.paths[layer.path])
         self.entries: dict[str, _Entry] = {}
         self.tensors: dict[str, _Tensor] = {}
         self.constants: dict[str, float] = {}
@@ -1366,7 +1371,10 @@ def _prelu(b: _Builder, node: Node) -> list[_Tensor]:
         shared = [i + 1 for i, n in enumerate(slope.shape[1:]) if n == 1 and x.rank > 2 and x.shape[i + 2] != 1] or None
         if not shared and len(slope.shape) == x.rank - 1:
             x = b.pinned(x, [*slope.shape[1:], slope.shape[0]])
-    return [b.weigh(node, ("PReLU", {"shared_axes": shared}), [x.json], _same(x))]
+    made = b.weigh(node, ("PReLU", {"shared_axes": shared}), [x.json], _same(x))
+    cls, config = b.forms[str(node.layer)]
+    b.forms[str(node.layer)] = cls, {**config, "alpha_rank": x.rank - 1}
+    return [made]
 
 
 def _recurrent(b: _Builder, node: Node) -> list[_Tensor]:

@@ -487,7 +487,8 @@ def test_without_a_graph_there_is_no_model_but_there_are_layers() -> None:
     assert classes["rnn"][1]["bidirectional"] is True
     assert layer_names(source) == {"features.0": "features.0", "_x/y": "layer_x_y", "rnn": "rnn"}
     with pytest.raises(Refused, match="kind unknown"):
-        layer_classes(manifest([layer("unknown", "u", {})], None))
+        layer_classes(manifest([layer("unknown", "u", {"w": parameter("a b", 2, 3)})], None))
+    assert layer_classes(manifest([layer("unknown", "u", {})], None)) == {}, "a layer without weights"
 
 
 def test_a_config_of_keras_3_is_given_back() -> None:
