@@ -338,12 +338,6 @@ def test_a_bar_after_a_second_on_a_terminal_only() -> None:
     assert b"export big.pt" not in _on_a_terminal(0.001)
 
 
-def test_help_imports_no_framework_and_no_reader() -> None:
-    script = "import sys; from neutral.cli import main; main(['--help']); print(sorted({'torch', 'keras', 'tensorflow', 'sklearn'} & set(sys.modules)))"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines()[-1] == "[]" and run.stderr == ""
-
-
 def test_python_m_neutral_is_the_command() -> None:
     run = subprocess.run([sys.executable, "-m", "neutral", "nonsense"], capture_output=True, text=True, check=False)
     assert run.returncode == 2 and "nonsense" in one_line(run.stderr)
@@ -374,14 +368,28 @@ def test_map_files_that_say_nothing(text: bytes, said: str, tmp_path: Path) -> N
         read_map(file)
 
 
-def test_a_small_file_is_shown_at_once(model: Path) -> None:
-    """No timed test: only that nothing slow is loaded on the way."""
-    script = (
-        "import sys; from neutral.cli import main; main(['show', sys.argv[1]]); "
-        "print(sorted({'torch', 'keras', 'tensorflow', 'h5py', 'scipy', 'pandas'} & set(sys.modules)))"
-    )
-    run = subprocess.run([sys.executable, "-c", script, str(model)], capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines()[-1] == "[]"
+FRAMEWORKS_LOADED = """
+import sys
+from neutral.cli import main
+assert main(sys.argv[1:]) == 0
+print(sorted({"torch", "keras", "tensorflow", "tf_keras", "scipy", "sklearn"} & set(sys.modules)))
+"""
+
+
+def test_files_are_converted_without_their_frameworks(model: Path, tmp_path: Path) -> None:
+    keras, archive, back = tmp_path / "model.keras", tmp_path / "model.nwt", tmp_path / "back.pt"
+    for arguments in (
+        ["convert", model, keras],
+        ["show", keras],
+        ["export", keras, archive],
+        ["import", archive, "--to", "torch", "-o", back],
+        ["diff", back, model],
+        ["formats"],
+    ):
+        command = [sys.executable, "-c", FRAMEWORKS_LOADED, *map(str, arguments)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.splitlines()[-1] == "[]", arguments
 
 
 def test_a_damaged_archive_is_found(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
