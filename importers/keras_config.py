@@ -2,6 +2,7 @@
 
 >>> from neutral.schema.graph import Graph, Node, Value
 >>> from neutral.schema.kinds import Dense, Parameter
+>>> from neutral.schema.manifest import Manifest, Source
 >>> kernel = Parameter(axes=("out", "in"), shape=(2, 3), dtype="float32", sha256="0" * 64)
 >>> graph = Graph(inputs=("x",), outputs=("y",), nodes=(Node(name="n", op="Gemm", layer="fc", inputs=("x",), outputs=("y",)),),
 ...     values={"x": Value(axes=("batch", "feature"), shape=(None, 3)), "y": Value(axes=("batch", "feature"), shape=(None, 2))})
@@ -47,13 +48,11 @@ from neutral.schema.kinds import (
     SimpleRNN,
     Unknown,
 )
-from neutral.schema.manifest import Manifest, Source
+from neutral.schema.manifest import Manifest
 
 Config = dict[str, Any]
 Form = tuple[str, Config]
 Shape = tuple[int | None, ...]
-
-__all__ = ["Source", "layer_classes", "layer_names", "model_config"]
 
 _MODELS = ("Sequential", "Functional", "Model")
 _KERNELS = ("kernel", "kernel_direction", "kernel_raw")
@@ -323,9 +322,6 @@ def _prelu_form(layer: PReLU, known: bool) -> Form:
     return "PReLU", {}
 
 
-_TORCH_CELLS = {"lstm": ("tanh", "sigmoid"), "gru": ("tanh", "sigmoid"), "simple_rnn": ("tanh", None)}
-
-
 def _recurrent_form(layer: LSTM | GRU | SimpleRNN, known: bool) -> Form:
     if "projection" in layer.parameters:
         raise _Inexpressible("an LSTM with a projection", "one without, for Keras has none", "import it to torch")
@@ -360,7 +356,7 @@ def _attention_form(layer: Attention, known: bool) -> Form:
     bias = any(role.endswith("_bias") for role in layer.parameters)
     if groups != heads:
         config = {"head_dim": width // heads, "num_query_heads": heads, "num_key_value_heads": groups}
-        return "GroupedQueryAttention", {**config, "use_bias": bias}
+        return "GroupQueryAttention", {**config, "use_bias": bias}
     config = {"num_heads": heads, "key_dim": width // heads, "value_dim": math.prod(value[:-1]) // heads}
     return "MultiHeadAttention", {**config, "use_bias": bias, "output_shape": None if size == query[-1] else [size]}
 
@@ -439,8 +435,10 @@ def layer_classes(manifest: Manifest) -> dict[str, Form]:
 
 
 def _unwrapped(form: Form) -> Form:
-    """A Bidirectional layer as the layer inside it, the way readers describe one."""
+    """A Bidirectional layer as the layer inside it, the way readers describe one; a class by its own name."""
     cls, config = form
+    if cls == "GroupQueryAttention":  # the public name of keras.layers.GroupedQueryAttention
+        return "GroupedQueryAttention", config
     if cls != "Bidirectional":
         return form
     inner = config["layer"]
@@ -530,7 +528,6 @@ class _Builder:
         cls: str,
         config: Config,
         args: Sequence[Any],
-        value: str | None,
         like: _Tensor,
         kwargs: Config | None = None,
     ) -> _Tensor:
@@ -603,7 +600,7 @@ class _Builder:
                 raise _Inexpressible("a batch axis that is not the first", "batches in front")
             dims = [tensor.perm.index(axis) for axis in perm[1:]]
             name = f"{tensor.reference[0]}.permute"
-            made = self.add(name, "Permute", {"dims": dims}, [tensor.json], None, replace(tensor, perm=perm))
+            made = self.add(name, "Permute", {"dims": dims}, [tensor.json], replace(tensor, perm=perm))
             self._permuted[key] = made
         return self._permuted[key]
 
@@ -623,11 +620,11 @@ class _Builder:
         if key not in self._permuted:
             base, grid = tensor.reference[0], [size // channels, channels] if back else [channels, size // channels]
             matrix = replace(tensor, shape=(tensor.shape[0], *grid), perm=(0, 1, 2), channels=0)
-            matrix = self.add(f"{base}.grid", "Reshape", {"target_shape": grid}, [tensor.json], None, matrix)
+            matrix = self.add(f"{base}.grid", "Reshape", {"target_shape": grid}, [tensor.json], matrix)
             turned = replace(matrix, shape=(tensor.shape[0], *reversed(grid)))
-            turned = self.add(f"{base}.turn", "Permute", {"dims": [2, 1]}, [matrix.json], None, turned)
+            turned = self.add(f"{base}.turn", "Permute", {"dims": [2, 1]}, [matrix.json], turned)
             flat = replace(tensor, channels=0 if back else channels)
-            made = self.add(f"{base}.vector", "Reshape", {"target_shape": [size]}, [turned.json], None, flat)
+            made = self.add(f"{base}.vector", "Reshape", {"target_shape": [size]}, [turned.json], flat)
             self._permuted[key] = made
         return self._permuted[key]
 
@@ -636,7 +633,7 @@ class _Builder:
         if not self.open:
             return tensor
         name = f"{tensor.reference[0]}.shape"
-        return self.add(name, "Reshape", {"target_shape": list(sizes)}, [tensor.json], None, tensor)
+        return self.add(name, "Reshape", {"target_shape": list(sizes)}, [tensor.json], tensor)
 
     def image(self, tensor: _Tensor) -> _Tensor:
         return self.order(tensor, _last(tensor.rank))
@@ -755,7 +752,7 @@ def _function(name: str, nonnegative: bool = False) -> Callable[[_Builder, Node]
     def rule(b: _Builder, node: Node) -> list[_Tensor]:
         x = b.only(node)
         like = _same(x, nonnegative=nonnegative)
-        return [b.add(b.name(node), "Activation", {"activation": name}, [x.json], None, like)]
+        return [b.add(b.name(node), "Activation", {"activation": name}, [x.json], like)]
 
     return rule
 
@@ -768,12 +765,12 @@ def _number(node: Node, key: str, default: float | None = None) -> float:
 
 
 def _scaled(b: _Builder, name: str, x: _Tensor, scale: float, offset: float = 0.0) -> _Tensor:
-    return b.add(name, "Rescaling", {"scale": scale, "offset": offset}, [x.json], None, _same(x))
+    return b.add(name, "Rescaling", {"scale": scale, "offset": offset}, [x.json], _same(x))
 
 
 def _relu(b: _Builder, node: Node) -> list[_Tensor]:
     x = b.only(node)
-    return [b.add(b.name(node), "ReLU", {}, [x.json], None, _same(x, nonnegative=True))]
+    return [b.add(b.name(node), "ReLU", {}, [x.json], _same(x, nonnegative=True))]
 
 
 def _leaky_relu(b: _Builder, node: Node) -> list[_Tensor]:
@@ -782,12 +779,12 @@ def _leaky_relu(b: _Builder, node: Node) -> list[_Tensor]:
     if slope < 0:
         raise _Inexpressible(f"a negative slope of {slope}", "one of 0 or more")
     config = {"negative_slope": slope}
-    return [b.add(b.name(node), "LeakyReLU", config, [x.json], None, _same(x))]
+    return [b.add(b.name(node), "LeakyReLU", config, [x.json], _same(x))]
 
 
 def _elu(b: _Builder, node: Node) -> list[_Tensor]:
     x = b.only(node)
-    return [b.add(b.name(node), "ELU", {"alpha": _number(node, "alpha", 1.0)}, [x.json], None, _same(x))]
+    return [b.add(b.name(node), "ELU", {"alpha": _number(node, "alpha", 1.0)}, [x.json], _same(x))]
 
 
 def _celu(b: _Builder, node: Node) -> list[_Tensor]:
@@ -795,7 +792,7 @@ def _celu(b: _Builder, node: Node) -> list[_Tensor]:
     if alpha == 1.0:
         return _function("celu")(b, node)
     inner = _scaled(b, f"{b.name(node)}.in", x, 1 / alpha)
-    unit = b.add(b.name(node), "ELU", {"alpha": 1.0}, [inner.json], None, _same(x))
+    unit = b.add(b.name(node), "ELU", {"alpha": 1.0}, [inner.json], _same(x))
     return [_scaled(b, f"{b.name(node)}.out", unit, alpha)]
 
 
@@ -804,14 +801,14 @@ def _clip(b: _Builder, node: Node) -> list[_Tensor]:
     x = b.only(node)
     if low == 0 and isinstance(high, int | float) and high >= 0:
         like = _same(x, nonnegative=True)
-        return [b.add(b.name(node), "ReLU", {"max_value": float(high)}, [x.json], None, like)]
+        return [b.add(b.name(node), "ReLU", {"max_value": float(high)}, [x.json], like)]
     if low == 0 and high is None:
         return _relu(b, node)
     if isinstance(low, int | float) and isinstance(high, int | float) and low < high:
         # min + relu(x - min) up to max - min
         shifted = _scaled(b, f"{b.name(node)}.shift", x, 1.0, -float(low))
         config = {"max_value": float(high) - float(low)}
-        bounded = b.add(b.name(node), "ReLU", config, [shifted.json], None, _same(x))
+        bounded = b.add(b.name(node), "ReLU", config, [shifted.json], _same(x))
         return [_scaled(b, f"{b.name(node)}.back", bounded, 1.0, float(low))]
     raise _Inexpressible(f"a Clip from {low} to {high}", "two bounds")
 
@@ -820,7 +817,7 @@ def _thresholded(b: _Builder, node: Node) -> list[_Tensor]:
     x, alpha = b.only(node), _number(node, "alpha", 1.0)
     if alpha < 0:
         raise _Inexpressible(f"a threshold of {alpha}", "one of 0 or more")
-    return [b.add(b.name(node), "ReLU", {"threshold": alpha}, [x.json], None, _same(x, nonnegative=True))]
+    return [b.add(b.name(node), "ReLU", {"threshold": alpha}, [x.json], _same(x, nonnegative=True))]
 
 
 def _hard_sigmoid(b: _Builder, node: Node) -> list[_Tensor]:
@@ -829,7 +826,7 @@ def _hard_sigmoid(b: _Builder, node: Node) -> list[_Tensor]:
         return _function("hard_sigmoid", True)(b, node)
     line = _scaled(b, f"{b.name(node)}.line", b.only(node), alpha, beta)
     like = _same(line, nonnegative=True)
-    return [b.add(b.name(node), "ReLU", {"max_value": 1.0}, [line.json], None, like)]
+    return [b.add(b.name(node), "ReLU", {"max_value": 1.0}, [line.json], like)]
 
 
 def _gelu(b: _Builder, node: Node) -> list[_Tensor]:
@@ -837,11 +834,11 @@ def _gelu(b: _Builder, node: Node) -> list[_Tensor]:
         return _function("gelu")(b, node)
     # 0.5 x (1 + tanh(u)) = x sigmoid(2u), with u = sqrt(2/pi) (x + 0.044715 x^3)
     x, name, factor = b.only(node), b.name(node), 2 * math.sqrt(2 / math.pi)
-    square = b.add(f"{name}.square", "Multiply", {}, [[x.json, x.json]], None, _same(x, nonnegative=True))
+    square = b.add(f"{name}.square", "Multiply", {}, [[x.json, x.json]], _same(x, nonnegative=True))
     series = _scaled(b, f"{name}.series", square, factor * 0.044715, factor)
-    product = b.add(f"{name}.product", "Multiply", {}, [[x.json, series.json]], None, _same(x))
-    gate = b.add(f"{name}.gate", "Activation", {"activation": "sigmoid"}, [product.json], None, _same(x))
-    return [b.add(name, "Multiply", {}, [[x.json, gate.json]], None, _same(x))]
+    product = b.add(f"{name}.product", "Multiply", {}, [[x.json, series.json]], _same(x))
+    gate = b.add(f"{name}.gate", "Activation", {"activation": "sigmoid"}, [product.json], _same(x))
+    return [b.add(name, "Multiply", {}, [[x.json, gate.json]], _same(x))]
 
 
 def _shrink(b: _Builder, node: Node) -> list[_Tensor]:
@@ -864,9 +861,9 @@ def _softmax(b: _Builder, node: Node) -> list[_Tensor]:
         if place != x.rank - 1:
             x = b.order(x, (*(a for a in x.perm if a != axis), axis))
         named = {"activation": "log_softmax"}
-        return [b.add(b.name(node), "Activation", named, [x.json], None, _same(x))]
+        return [b.add(b.name(node), "Activation", named, [x.json], _same(x))]
     config = {"axis": -1 if place == x.rank - 1 else place}
-    return [b.add(b.name(node), "Softmax", config, [x.json], None, _same(x, nonnegative=True))]
+    return [b.add(b.name(node), "Softmax", config, [x.json], _same(x, nonnegative=True))]
 
 
 _DROPOUTS: dict[str, tuple[str, str]] = {
@@ -889,7 +886,7 @@ def _identity(b: _Builder, node: Node) -> list[_Tensor]:
         if x.rank != int(cls[-2]) + 2:
             return [x]
         x = b.image(x) if "channel" in b.graph.values[node.outputs[0]].axes else b.plain(x)
-    return [b.add(b.name(node), cls, {key: float(amount)}, [x.json], None, x)]
+    return [b.add(b.name(node), cls, {key: float(amount)}, [x.json], x)]
 
 
 def _constant(b: _Builder, node: Node) -> list[_Tensor]:
@@ -922,7 +919,7 @@ def _merge(b: _Builder, node: Node) -> list[_Tensor]:
     tensors = _aligned(b, tensors)
     nonnegative = node.op != "Sub" and all(x.nonnegative for x in tensors)
     like = replace(b.like(node, tensors[0].perm, tensors[0]), channels=tensors[0].channels, nonnegative=nonnegative)
-    return [b.add(b.name(node), _MERGES[node.op], {}, [[x.json for x in tensors]], None, like)]
+    return [b.add(b.name(node), _MERGES[node.op], {}, [[x.json for x in tensors]], like)]
 
 
 def _aligned(b: _Builder, tensors: Sequence[_Tensor]) -> list[_Tensor]:
@@ -939,7 +936,7 @@ def _with_number(b: _Builder, node: Node) -> _Tensor:
     x = b.input(node, int(first))
     number = b.constants[node.inputs[int(not first)]]
     if node.op == "Max" and number == 0:
-        return b.add(b.name(node), "ReLU", {}, [x.json], None, _same(x, nonnegative=True))
+        return b.add(b.name(node), "ReLU", {}, [x.json], _same(x, nonnegative=True))
     scale, offset = {
         "Add": (1.0, number),
         "Mul": (number, 0.0),
@@ -992,8 +989,8 @@ def _flatten(b: _Builder, node: Node) -> list[_Tensor]:
                 "a Flatten of unknown size", "a dense layer behind it that tells", "import into a template"
             )
         config = {"target_shape": [size]}
-        return [b.add(b.name(node), "Reshape", config, [x.json], None, like)]
-    return [b.add(b.name(node), "Flatten", {}, [x.json], None, like)]
+        return [b.add(b.name(node), "Reshape", config, [x.json], like)]
+    return [b.add(b.name(node), "Flatten", {}, [x.json], like)]
 
 
 def _reshape(b: _Builder, node: Node) -> list[_Tensor]:
@@ -1010,13 +1007,13 @@ def _reshape(b: _Builder, node: Node) -> list[_Tensor]:
     rank, image = len(sizes) + 1, "channel" in b.graph.values[node.outputs[0]].axes
     if x.rank == 2 and x.channels and rank > 2 and sizes[0] == x.channels:
         config = {"target_shape": [*sizes[1:], sizes[0]]}
-        return [b.add(b.name(node), "Reshape", config, [x.json], None, b.like(node, _last(rank), x))]
+        return [b.add(b.name(node), "Reshape", config, [x.json], b.like(node, _last(rank), x))]
     if x.perm == _last(x.rank) and x.rank > 3 and rank == 3 and image and sizes[0] == x.shape[1]:
         config = {"target_shape": [sizes[1], sizes[0]]}
-        return [b.add(b.name(node), "Reshape", config, [x.json], None, b.like(node, _last(rank), x))]
+        return [b.add(b.name(node), "Reshape", config, [x.json], b.like(node, _last(rank), x))]
     x = b.plain(x)
     like = replace(b.like(node, _plain(rank), x), nonnegative=x.nonnegative)
-    return [b.add(b.name(node), "Reshape", {"target_shape": sizes}, [x.json], None, like)]
+    return [b.add(b.name(node), "Reshape", {"target_shape": sizes}, [x.json], like)]
 
 
 def _unsqueeze(b: _Builder, node: Node) -> list[_Tensor]:
@@ -1029,7 +1026,7 @@ def _unsqueeze(b: _Builder, node: Node) -> list[_Tensor]:
     if not isinstance(shape, tuple) or len(shape) != 3 or (shape[0], shape[2]) != (1, 1):
         raise _Inexpressible(f"an Expand to {shape!r}", "one along the time axis")
     like = replace(b.like(expand, (0, 1, 2), x), nonnegative=x.nonnegative)
-    made = b.add(b.name(expand), "RepeatVector", {"n": int(str(shape[1]))}, [x.json], None, like)
+    made = b.add(b.name(expand), "RepeatVector", {"n": int(str(shape[1]))}, [x.json], like)
     b.tensors[expand.outputs[0]] = made
     b.skipped.add(expand.name)
     return []
@@ -1046,7 +1043,7 @@ def _concat(b: _Builder, node: Node) -> list[_Tensor]:
     if len(tensors) == 1:
         return tensors
     config = {"axis": -1 if place == len(perm) - 1 else place}
-    return [b.add(b.name(node), "Concatenate", config, [[x.json for x in tensors]], None, like)]
+    return [b.add(b.name(node), "Concatenate", config, [[x.json for x in tensors]], like)]
 
 
 def _spaced(b: _Builder, node: Node, axes: set[int]) -> _Tensor:
@@ -1083,7 +1080,7 @@ def _pad(b: _Builder, node: Node) -> list[_Tensor]:
 def _bordered(b: _Builder, name: str, cls: str, pairs: Sequence[tuple[int, int]], x: _Tensor, like: _Tensor) -> _Tensor:
     key = "padding" if cls == "ZeroPadding" else "cropping"
     value: Any = list(pairs[0]) if len(pairs) == 1 else [list(pair) for pair in pairs]
-    return b.add(name, f"{cls}{len(pairs)}D", {key: value}, [x.json], None, like)
+    return b.add(name, f"{cls}{len(pairs)}D", {key: value}, [x.json], like)
 
 
 def _slice(b: _Builder, node: Node) -> list[_Tensor]:
@@ -1133,7 +1130,7 @@ def _resize(b: _Builder, node: Node) -> list[_Tensor]:
     if space == 2:
         config["interpolation"] = "bilinear" if linear else "nearest"
     like = replace(b.like(node, x.perm, x), nonnegative=x.nonnegative)
-    return [b.add(b.name(node), f"UpSampling{space}D", config, [x.json], None, like)]
+    return [b.add(b.name(node), f"UpSampling{space}D", config, [x.json], like)]
 
 
 # Pooling.
@@ -1192,7 +1189,7 @@ def _pool(b: _Builder, node: Node) -> list[_Tensor]:
             )
     cls = f"{'Average' if average else 'Max'}Pooling{space}D"
     config = {"pool_size": _per_axis(kernel), "strides": _per_axis(strides), "padding": padding}
-    return [b.add(name, cls, config, [x.json], None, like)]
+    return [b.add(name, cls, config, [x.json], like)]
 
 
 def _per_axis(sizes: tuple[int, ...]) -> int | list[int]:
@@ -1224,12 +1221,12 @@ def _global_pool(b: _Builder, node: Node) -> list[_Tensor]:
     users = b.used.get(node.outputs[0], [])
     if [user.op for user in users] == ["Flatten"] and node.outputs[0] not in b.graph.outputs:
         like = _Tensor(("", 0, 0), (x.shape[0], x.shape[1]), (0, 1), x.dtype, 0, x.nonnegative)
-        made = b.add(b.name(users[0]), cls, {}, [x.json], None, like)
+        made = b.add(b.name(users[0]), cls, {}, [x.json], like)
         b.tensors[users[0].outputs[0]] = made
         b.skipped.add(users[0].name)
         return []
     like = replace(b.like(node, x.perm, x), nonnegative=x.nonnegative)
-    return [b.add(b.name(node), cls, {"keepdims": True}, [x.json], None, like)]
+    return [b.add(b.name(node), cls, {"keepdims": True}, [x.json], like)]
 
 
 # Operators with weights.
@@ -1275,7 +1272,7 @@ def _conv(b: _Builder, node: Node) -> list[_Tensor]:
     dense = replace(like, shape=(*like.shape[:2], *(None,) * len(strides)))
     y = b.weigh(node, (cls, config), [x.json], dense)
     pick = {"pool_size": _per_axis((1,) * len(strides)), "strides": _per_axis(tuple(strides)), "padding": "valid"}
-    return [b.add(f"{name}.pick", f"MaxPooling{len(strides)}D", pick, [y.json], None, like)]
+    return [b.add(f"{name}.pick", f"MaxPooling{len(strides)}D", pick, [y.json], like)]
 
 
 def _conv_transpose(b: _Builder, node: Node) -> list[_Tensor]:
@@ -1321,7 +1318,7 @@ def _channel_norm(b: _Builder, node: Node) -> list[_Tensor]:
             "scale": False,
         }
         x = b.image(x) if x.rank > 2 else b.vector(x, 0)
-        return [b.add(b.name(node), "GroupNormalization", {"axis": -1, **settings}, [x.json], None, _same(x))]
+        return [b.add(b.name(node), "GroupNormalization", {"axis": -1, **settings}, [x.json], _same(x))]
     form = _form(layer, True)
     x = b.image(x) if x.rank > 2 else b.vector(x, _recorded(layer))
     return [b.weigh(node, form, [x.json], _same(x))]
@@ -1343,7 +1340,7 @@ def _last_norm(b: _Builder, node: Node) -> list[_Tensor]:
         x = b.order(x, _plain(x.rank)) if x.rank > 2 else x
         axis: int | list[int] = -1 if count == 1 else list(range(-count, 0))
         settings = {"axis": axis, "epsilon": _number(node, "epsilon"), "center": False, "scale": False}
-        return [b.add(b.name(node), "LayerNormalization", settings, [x.json], None, _same(x))]
+        return [b.add(b.name(node), "LayerNormalization", settings, [x.json], _same(x))]
     form = _form(layer, True)
     if x.rank == 2:
         x = b.vector(x, _recorded(layer))

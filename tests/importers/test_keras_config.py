@@ -497,3 +497,14 @@ def test_a_config_of_keras_3_is_given_back() -> None:
     assert model_config(back) == own
     assert layer_classes(back)["c1"][0] == "Conv2D" and layer_classes(back)["c1"][1]["filters"] == 6
     assert layer_names(back)["f2"] == "f2"
+
+
+def test_attention_of_grouped_heads() -> None:
+    shapes = {"query": (12, 6), "key": (6, 6), "value": (6, 6), "output": (6, 12)}
+    roles = {f"{name}_kernel": parameter("out in", *shape) for name, shape in shapes.items()}
+    attention = layer("attention", "at", roles, heads=4, kv_heads=2)
+    axes = "batch time feature"
+    graph = chain(axes, (None, 5, 6), ("Attention", "at", {}, axes, (None, 5, 6)))
+    classes, model = built([attention], graph)
+    assert classes == ["GroupQueryAttention"] and model.count_params() == sum(a * b for a, b in shapes.values())
+    assert layer_classes(manifest([attention], graph))["at"][0] == "GroupedQueryAttention"
