@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from neutral.containers.saved_model import Attribute, Node
+from neutral.errors import BadFile, Problem
 
 OPTIMIZER, METRICS, STATE = "optimizer", "metrics", "state"
 
@@ -80,6 +81,7 @@ _AVERAGE = "ExponentialMovingAverage"
 _POWERS = re.compile(r"(?:.*/)?beta[12]_power(?:_\d+)?\Z")
 _COUNTERS = frozenset(("global_step", "save_counter"))
 
+_DEEPEST = 100
 _LIST_COST, _OPTIMIZER_COST = 10_000, 1_000_000
 
 
@@ -210,6 +212,8 @@ def _places(nodes: Sequence[Node]) -> list[Place]:
             ways.append(at)
             ranks.append(rank)
             at = parent
+            if len(edges) > _DEEPEST:
+                raise BadFile(Problem("object graph", f"objects nested over {_DEEPEST} deep", "fewer levels"))
         reversed_way = tuple(reversed(edges)), tuple(reversed(ways)), tuple(reversed(ranks))
         places += [Place(*reversed_way, attribute) for attribute in node.attributes]
     return places

@@ -35,7 +35,7 @@ _SHARD = re.compile(r"(.*)\.data-\d{5}-of-\d{5}\Z")
 _LARGEST_PART = 64 << 20
 _LARGEST_JSON = 32 << 20
 _MOST_NODES = 250_000
-_MOST_LINKS = 1_000_000
+_MOST_LINKS = 600_000
 _COPIES = "_all_variables"
 
 

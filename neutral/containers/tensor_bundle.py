@@ -77,7 +77,7 @@ _VERSION = 1
 
 # Bounds on what an index may ask of memory; the largest published checkpoints stay well below them.
 _LARGEST_INDEX = 64 << 20
-_MOST_ENTRIES = 250_000
+_MOST_ENTRIES = 100_000
 _LONGEST_KEY = 1 << 16
 _MOST_KEY_BYTES = 64 << 20
 _MOST_SLICES = 4096

@@ -483,8 +483,8 @@ def test_a_child_that_does_not_exist_is_refused() -> None:
         object_graph(protobuf.message(1, child), "test")
 
 
-def test_cyclic_and_deep_graphs_are_read(tmp_path: Path) -> None:
-    depth = 3000
+@pytest.mark.parametrize("depth", [60, 3000])
+def test_cyclic_graphs_are_read_and_endless_ones_refused(tmp_path: Path, depth: int) -> None:
     nodes = []
     for i in range(depth):
         ends = [(i + 1, "next"), (0, "root")] if i + 1 < depth else [(0, "root")]
@@ -493,8 +493,12 @@ def test_cyclic_and_deep_graphs_are_read(tmp_path: Path) -> None:
         nodes.append(protobuf.message(1, children + (protobuf.message(2, key) if i + 1 == depth else b"")))
     graph = Strings((), (b"".join(nodes),))
     write_bundle(tmp_path / "x", {"k": from_array(np.ones(2))}, {OBJECT_GRAPH_KEY: graph})
-    (layer,) = read(tmp_path / "x").layers
-    assert layer.path.count(".") == depth - 3
+    if depth == 3000:
+        with pytest.raises(BadFile, match="nested over"):
+            read(tmp_path / "x")
+    else:
+        (layer,) = read(tmp_path / "x").layers
+        assert layer.path.count(".") == depth - 3
 
 
 def test_damaged_graphs_are_read_or_refused(tmp_path: Path) -> None:
