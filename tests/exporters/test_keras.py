@@ -166,7 +166,7 @@ def test_layers_of_ones_own_keep_their_variables(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("k", [keras, tf_keras], ids=["keras3", "keras2"])
 def test_the_order_of_random_graphs(k: Any) -> None:
-    for seed in range(25):
+    for seed in range(12):
         model = graph(k, seed)
         config = json.loads(model.to_json())
         random.Random(seed).shuffle(config["config"]["layers"])
@@ -174,16 +174,17 @@ def test_the_order_of_random_graphs(k: Any) -> None:
 
 
 def test_optimizer_variables_are_a_collection(tmp_path: Path) -> None:
-    model = made(BOTH["many"])
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
     model.compile("adam", "mse")
-    model.fit(np.zeros((2, 2)), np.zeros((2, 3)), verbose=0)
+    model.optimizer.build(model.trainable_variables)
+    randomized(model)
     for name in ("x.keras", "x.h5", "x.weights.h5"):
         if name.endswith("weights.h5"):
             model.save_weights(tmp_path / name)
         else:
             model.save(tmp_path / name)
         native = read(tmp_path / name)
-        assert list(native.collections) == ["optimizer"] and len(native.collections["optimizer"]) == 2 + 2 * 26
+        assert list(native.collections) == ["optimizer"] and len(native.collections["optimizer"]) == 2 + 2 * 2
         check(native, model, named=False)
 
 
