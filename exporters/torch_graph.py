@@ -18,11 +18,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from neutral.errors import printable
 from neutral.schema.graph import Attribute, Graph, Node, Value
 
 Config = Mapping[str, Any]
 Splits = dict[str, dict[str, int]]
 Captured = tuple[Graph | None, Splits, list[str]]
+
+_ODD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What settings raise that no module of torch has: they come from a file."""
 
 _PARAMETRIZED = "torch.nn.utils.parametrize.Parametrized"
 _SPACE = {1: ("width",), 2: ("height", "width"), 3: ("depth", "height", "width")}
@@ -116,28 +120,39 @@ def _chain_splits(chain: Sequence[_Module], seen: _Seen, whole: bool) -> Splits:
     found: Splits = {}
     pending: list[_Module] = []
     for i, module in enumerate(chain):
-        cls, config, rest = module.cls, module.config, chain[i + 1 :]
-        if cls == "Linear":
-            pending = [module]
-            _name(found, module, _crossing(seen, int(config["in_features"]), "in"))
-            seen = _after_linear(seen, config)
-        elif cls in _VECTOR_NORMS or cls == "PReLU":
-            features = _features(module)
-            _name(found, module, {} if features == 1 else _crossing(seen, features, "feature"))
-            pending.append(module)
-        elif cls not in _EQUIVARIANT:
-            before, seen = seen, _unflattened(seen, config, rest) if cls == "Unflatten" else _moved(seen, module, rest)
-            if cls in _CHANNEL_NORMS:
-                found[module.path] = {}
-            if cls == "Unflatten":
-                _divide(found, pending, before, seen)
-            elif seen == _UNKNOWN:
-                _forget(found, pending)
-            pending = []
+        try:
+            seen, pending = _stepped(module, chain[i + 1 :], seen, pending, found)
+        except _ODD:
+            _forget(found, [*pending, module])
+            seen, pending = _UNKNOWN, []
     if not whole and seen.order != "image":
         # What follows outside may divide the axis that these layers made.
         _forget(found, pending)
     return found
+
+
+def _stepped(
+    module: _Module, rest: Sequence[_Module], seen: _Seen, pending: list[_Module], found: Splits
+) -> tuple[_Seen, list[_Module]]:
+    """What is known after a module, and the layers since the last Linear, whose axis may yet be divided."""
+    cls, config = module.cls, module.config
+    if cls == "Linear":
+        _name(found, module, _crossing(seen, int(config["in_features"]), "in"))
+        return _after_linear(seen, config), [module]
+    if cls in _VECTOR_NORMS or cls == "PReLU":
+        features = _features(module)
+        _name(found, module, {} if features == 1 else _crossing(seen, features, "feature"))
+        return seen, [*pending, module]
+    if cls in _EQUIVARIANT:
+        return seen, pending
+    after = _unflattened(seen, config, rest) if cls == "Unflatten" else _moved(seen, module, rest)
+    if cls in _CHANNEL_NORMS:
+        found[module.path] = {}
+    if cls == "Unflatten":
+        _divide(found, pending, seen, after)
+    elif after == _UNKNOWN:
+        _forget(found, pending)
+    return after, []
 
 
 def _name(found: Splits, module: _Module, crossing: dict[str, int] | None) -> None:
@@ -296,12 +311,22 @@ class _Size:
 class _Builder:
     """The graph so far, and the value that the next module is given."""
 
-    def __init__(self, axes: tuple[str, ...], dtype: str) -> None:
+    def __init__(self, axes: tuple[str, ...], dtype: str, paths: set[str]) -> None:
         self.nodes: list[Node] = []
         self.made: list[tuple[str, tuple[str, ...], list[_Size], str]] = []
-        self.value, self.axes, self.sizes = "input", axes, [_Size() for _ in axes]
-        self.made.append(("input", axes, self.sizes, dtype))
+        self.input = "input"
+        while self.input in paths:
+            self.input += "_"
+        self.value, self.axes, self.sizes = self.input, axes, [_Size() for _ in axes]
+        self.made.append((self.input, axes, self.sizes, dtype))
         self.module = _Module("", "", {}, ())
+
+    def add(self, module: _Module) -> None:
+        self.module = module
+        rule = _RULES.get(module.cls)
+        if rule is None:
+            raise _Inexpressible(f"{module.cls or 'the module'} is not an operator that neutral knows")
+        rule(self, module.config)
 
     @property
     def rank(self) -> int:
@@ -342,7 +367,7 @@ class _Builder:
             name: Value(axes=axes, shape=tuple(size.n for size in sizes), dtype=dtype)
             for name, axes, sizes, dtype in self.made
         }
-        return Graph(inputs=("input",), outputs=(self.value,), values=values, nodes=tuple(self.nodes))
+        return Graph(inputs=(self.input,), outputs=(self.value,), values=values, nodes=tuple(self.nodes))
 
 
 _INPUTS: tuple[tuple[str, ...], ...] = (
@@ -357,23 +382,16 @@ def _graph(chain: Sequence[_Module]) -> tuple[Graph | None, str]:
     reasons: list[tuple[int, str]] = []
     starts_with_tokens = chain[0].cls == "Embedding"
     for axes in (("batch", "time"),) if starts_with_tokens else _INPUTS:
-        builder = _Builder(axes, "int64" if starts_with_tokens else "float32")
-        for place, module in enumerate(chain):
-            builder.module = module
-            rule = _RULES.get(module.cls)
-            try:
-                if rule is None:
-                    raise _Inexpressible(f"{module.cls or 'the module'} is not an operator that neutral knows")
-                rule(builder, module.config)
-            except _Inexpressible as reason:
-                reasons.append((place, f"{module.path}: no graph, because {reason}"))
-                break
-            except (_Contradiction, KeyError, TypeError, ValueError) as reason:
-                told = str(reason) if isinstance(reason, _Contradiction) else f"the settings of {module.cls} are odd"
-                reasons.append((place, f"{module.path}: no graph, because {told}"))
-                break
-        else:
+        builder = _Builder(axes, "int64" if starts_with_tokens else "float32", {module.path for module in chain})
+        try:
+            for module in chain:
+                builder.add(module)
             return builder.graph(), ""
+        except (_Inexpressible, _Contradiction) as reason:
+            told = str(reason)
+        except _ODD:
+            told = f"the settings of {builder.module.cls} are odd"
+        reasons.append((len(builder.nodes), f"{printable(builder.module.path)}: no graph, because {printable(told)}"))
     # The input that went furthest is the likeliest.
     return None, max(reasons, key=lambda entry: entry[0])[1]
 

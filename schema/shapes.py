@@ -407,8 +407,11 @@ def _channel_norm(node: Node, layer: Any, ins: Sequence[Shape]) -> list[Shape]:
 
 def _last_axes_norm(node: Node, layer: Any, ins: Sequence[Shape]) -> list[Shape]:
     scale = layer.parameters.get("scale") if layer is not None else None
-    if scale is not None and math.prod(ins[0][-len(scale.shape) :]) != math.prod(scale.shape):
-        raise Misfit(f"{ins[0]} for a scale of {scale.shape}")
+    if scale is not None:
+        # The one axis of a vector may be recorded as (channel position).
+        rank = 1 if "position" in scale.axes else len(scale.shape)
+        if math.prod(ins[0][-rank:]) != math.prod(scale.shape):
+            raise Misfit(f"{ins[0]} for a scale of {scale.shape}")
     return [ins[0]]
 
 
@@ -570,16 +573,20 @@ def solve_inputs(manifest: Manifest, batch: int = 2) -> dict[str, Shape]:
     layers = {layer.path: layer for layer in manifest.layers}
     known = {name: _known(graph.values[name], batch) for name in graph.inputs}
     holes = sum(n is None for shape in known.values() for n in shape)
-    last: Refused | None = None
+    first: Refused | None = None
     for filling in _fillings(holes):
         shapes = _filled(known, filling)
         try:
             infer(graph, layers, shapes)
         except Refused as error:
-            last = last or error
+            first = first or error
             continue
         return shapes
-    raise last or Refused(Problem("graph", "no input shape", "sizes that every layer can take", "name the input shape"))
+    assert first is not None
+    if not holes:
+        raise first
+    reason = f"no size up to {_LARGEST} that all layers can take (with {_SMALLEST}: {first})"
+    raise Refused(Problem(", ".join(graph.inputs), reason, "an input that fits", "name the input's shape"))
 
 
 def _graph(manifest: Manifest) -> Graph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from neutral.exporters.torch import read_live
-from neutral.exporters.torch_graph import capture
+from neutral.exporters.torch_graph import _RULES, capture
 from neutral.schema.graph import Graph, Node
 
 
@@ -283,3 +284,31 @@ def test_graph_runs_in_torch() -> None:
         known = graph.values[node.outputs[0]].shape
         assert known is not None and all(n in (None, m) for n, m in zip(known, x.shape, strict=True))
     assert graph.values[graph.outputs[0]].shape == (None, 4, 6, 4)
+
+
+def test_module_named_input() -> None:
+    model = nn.Sequential(OrderedDict(input=nn.Linear(3, 4), input_=nn.ReLU(), output=nn.Linear(4, 2)))
+    graph, splits, _ = captured(model)
+    assert graph is not None and graph.inputs == ("input__",)
+    assert splits == {"input": {}, "output": {}}
+
+
+ODD_SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"in_features": "many", "out_features": None},
+    {"in_features": [], "out_features": {}},
+    {"in_features": 0, "out_features": -1, "normalized_shape": [], "kernel_size": [], "unflattened_size": [0, -1]},
+    {"in_features": 1 << 80, "out_features": 1 << 80, "normalized_shape": [1 << 80], "upscale_factor": 0, "size": 0},
+]
+
+
+@pytest.mark.parametrize("config", ODD_SETTINGS)
+@pytest.mark.parametrize("cls", [*sorted(_RULES), "Sequential", "\x1b[31m", ""])
+def test_settings_that_no_torch_module_has(cls: str, config: dict[str, Any]) -> None:
+    """A description from a file may say anything: the answer is a graph, or a note, never an exception."""
+    linear = {"cls": "Linear", "path": "1", "config": {"in_features": 4, "out_features": 4}, "children": []}
+    odd = {"cls": cls, "path": "2", "config": config, "children": []}
+    chain = [["1", linear], ["2", odd], ["3", {**linear, "path": "3"}], ["3", {**linear, "path": "3"}]]
+    graph, _, notes = capture({"cls": "Sequential", "path": "", "config": {}, "children": chain})
+    assert graph is None and len(notes) == 1 and notes[0].isprintable()
+    capture({"cls": "pkg.Net", "path": "", "config": {}, "children": [["", {"cls": "Sequential", "children": chain}]]})
