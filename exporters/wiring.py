@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from neutral.errors import printable
 from neutral.native import NativeModel
 from neutral.schema.graph import Graph, Node
 
@@ -19,7 +20,12 @@ def with_graph(model: NativeModel, described: Mapping[str, Any] | None, capture:
     """The model with the graph and the Flatten splits that `capture` finds in its description, if it has one."""
     if described is None:
         return model
-    graph, splits, notes = capture(described)
+    try:
+        graph, splits, notes = capture(described)
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        # The description comes out of a file: settings may be missing, of any type, or contradict each other.
+        note = printable(f"no graph: the model's description makes no sense ({type(error).__name__}: {error})", 200)
+        return replace(model, notes=(*model.notes, note))
     if graph is not None:
         unusual = set(_beside_transposed_flatten(graph))
         splits = {path: axes for path, axes in splits.items() if axes or path not in unusual}

@@ -15,6 +15,7 @@ and serves both directions. Tensors are views: nothing is read here but small on
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -181,6 +182,11 @@ def recognise(layer: NativeLayer, convention: Convention, hint: str | None = Non
             Problem(layer.path, f"tensors {_shapes(layer)}", f"those of a {hint} as {convention.framework} stores it ({'; '.join(dict.fromkeys(reasons)) or 'it has none'})", "give another --kind")
         )  # fmt: skip
     kinds = list(dict.fromkeys(_kind_of(binding) for binding in found))
+    if hint is None and len(kinds) > 1 and layer.cls is None:
+        auto = convention.auto_names.get(re.sub(r"_\d+$", "", re.split(r"[./]", layer.path)[-1]))
+        named = [binding for binding in found if auto in binding.form.classes]
+        if named:
+            return Known(layer, named[0], "name")
     if hint is not None:
         return Known(layer, found[0], "hint")
     if found and (layer.cls is not None or len(kinds) == 1):

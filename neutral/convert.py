@@ -33,7 +33,6 @@ from neutral.archive import (
     write_archive,
 )
 from neutral.canon import (
-    Binding,
     Known,
     Written,
     binding_for,
@@ -253,7 +252,7 @@ def _canonical(
     return Contents(layers, source, native.graph, native.ordered, native.collections, (), native.notes)
 
 
-_KEPT = ("config", "keras_version", "object_graph", "prefix")
+_KEPT = ("config", "keras_version", "object_graph", "prefix", "metadata", "order")
 """What of a reader's metadata the archive keeps, for the writer of the same format."""
 
 
@@ -664,8 +663,11 @@ def _fill_layer(
         if binding is None:
             binding = recognise(native, convention, mine[0].kind).binding
         assert binding is not None
-        if mine[0].kind == "unknown":
-            mine = _as_known(mine[0], binding, origin)
+        kinds = [bound.part.kind for bound in binding.parts]
+        mine = [
+            _as_known(layer, kind, origin) if layer.kind == "unknown" else layer
+            for layer, kind in zip(mine, kinds, strict=True)
+        ]
         ready = []
         for layer, goal in zip(mine, layers, strict=True):
             problems, remarks = differing_settings(layer, goal, alike)
@@ -732,9 +734,8 @@ def _fill_unknown(native: NativeLayer, layer: CanonicalLayer, alike: bool, journ
             journey.tensors[goal.name] = tensor.data
 
 
-def _as_known(layer: CanonicalLayer, binding: Binding, origin: Convention) -> list[CanonicalLayer]:
+def _as_known(layer: CanonicalLayer, kind: str, origin: Convention) -> CanonicalLayer:
     """A layer of unknown kind, read as what its partner is."""
-    kind = binding.parts[0].part.kind
     if not any(compatible(kind, candidate) for candidate in layer.candidates):
         raise Refused(
             Problem(
@@ -747,8 +748,17 @@ def _as_known(layer: CanonicalLayer, binding: Binding, origin: Convention) -> li
     native = _raw_native(layer)
     model = NativeModel(origin.framework, "", (native,), splits={native.path: layer.channels})
     found = [c for _, layers in read_layers(model, origin, kinds={_escaped(native.path): kind}) for c in layers]
-    axes = {axis for canonical in found for tensor in canonical.weights.values() for axis in tensor.axes}
-    return [replace(canonical, undecided=tuple(a for a in layer.undecided if a in axes)) for canonical in found]
+    if len(found) > 1:
+        raise Refused(
+            Problem(
+                layer.path,
+                f"{len(found)} layers in one",
+                f"one {kind}",
+                f"export again with --kind '{layer.path}={kind}'",
+            )
+        )
+    axes = {axis for tensor in found[0].weights.values() for axis in tensor.axes}
+    return replace(found[0], undecided=tuple(a for a in layer.undecided if a in axes))
 
 
 def _escaped(path: str) -> str:

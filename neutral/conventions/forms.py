@@ -140,13 +140,14 @@ class Convention:
 
     `forms`: the table, most specific first; `build` may add forms that depend on a layer's config (einsum equations).
     `flatten`: how a Flatten orders what it joins, as a layout expression of `channel` and `position`.
-    `stateless`: local names of tensors that are no weights.
+    `auto_names`: the name that the framework gives to an unnamed layer of a class, without its number -> the class.
     """
 
     framework: str
     forms: tuple[Form, ...]
     flatten: str
     build: Callable[[str, Config], tuple[Form, ...]] = field(default=lambda cls, config: ())
+    auto_names: Mapping[str, str] = field(default_factory=dict)
 
 
 def layer(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neutral.conventions.forms import Config, Convention, Form, Part, Row, Sizes, layer
+from neutral.conventions.keras_variables import snake_case
 
 _BIDIRECTIONAL = "{direction:forward_layer/|backward_layer/}"
 
@@ -110,10 +111,8 @@ def _conv_transpose(config: Config, sizes: Sizes) -> dict[str, Any]:
     crops, added = [], []
     for k, s, d, op in zip(kernel, strides, dilation, extras, strict=True):
         width = d * (k - 1) + 1
-        if op is None:
-            total = width - s if same else -max(s - width, 0)
-        else:
-            total = (2 * (width // 2) if same else 0) - op
+        unasked = width - s if same else -max(s - width, 0)
+        total = unasked if op is None else (2 * (width // 2) if same else 0) - op
         crops.append((max(total, 0) // 2, max(total, 0) - max(total, 0) // 2))
         added.append(max(-total, 0))
     return {
@@ -378,4 +377,20 @@ FORMS = (
     Form(("MultiHeadAttention", "GroupedQueryAttention"), (layer("attention", *_ATTENTION, attributes=_attention),)),
 )
 
-KERAS = Convention(framework="keras", forms=FORMS, flatten="position channel", build=einsum_forms)
+_UNNAMED = (
+    # Where the class is not known, the kernel of an EinsumDense may be stored the other way round.
+    Form(
+        ("EinsumDense",),
+        (layer("einsum_dense", Row("kernel", "kernel", "out in", "out in"), Row("bias", "bias", "out", "out")),),
+        applies=lambda config: False,
+    ),
+)
+
+
+KERAS = Convention(
+    framework="keras",
+    forms=(*FORMS, *_UNNAMED),
+    flatten="position channel",
+    build=einsum_forms,
+    auto_names={snake_case(cls): cls for form in (*FORMS, *_UNNAMED) for cls in form.classes},
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from neutral.conventions.keras import KERAS
 from neutral.conventions.forms import Convention
+from neutral.conventions.keras import KERAS
 
 TENSORFLOW: Convention = replace(KERAS, framework="tensorflow")
