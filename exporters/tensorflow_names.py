@@ -13,7 +13,7 @@ import heapq
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from neutral.containers.saved_model import Attribute, Node
@@ -356,9 +356,9 @@ def _position_names(layers: Sequence[_Layer], known: Mapping[int, str]) -> dict[
         node: known[node] for node in votes.keys() | {n for layer in layers for n in layer.nodes} if node in known
     }
     for family in siblings.values():
-        called = [agreed[node] for node in family if node in agreed]
+        called = Counter(agreed[node] for node in family if node in agreed)
         for node in family:
-            if node in agreed and node not in known and called.count(agreed[node]) > 1:
+            if node in agreed and node not in known and called[agreed[node]] > 1:
                 del agreed[node]
     positional = {level.node for layer in layers for level in _levels(layer) if level.positional}
     return {node: name for node, name in agreed.items() if node in positional}
@@ -372,20 +372,21 @@ def _common(names: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
 
 def _locals(layer: _Layer) -> dict[str, str]:
     """Local names as Keras 3 has them, by key; a name that would occur twice keeps its place in the list instead."""
-    given = [name for name, _, _ in layer.variables]
+    given = {name for name, _, _ in layer.variables}
+    separable = any(name.endswith("pointwise_kernel") for name in given)
     found: dict[str, str] = {}
     for i, (name, key, _) in enumerate(layer.variables):
-        wanted = local_name(name, given)
+        wanted = _local_name(name, given, separable)
         found[wanted if wanted not in found else str(i)] = key
     return found
 
 
-def local_name(name: str, siblings: Sequence[str]) -> str:
+def _local_name(name: str, siblings: Collection[str], separable: bool) -> str:
     """An attribute's name as the public name of its variable."""
     head, slash, last = name.rpartition("/")
     if last.startswith("_") and head + slash + last.lstrip("_") not in siblings:
         last = last.lstrip("_")
-    if last == "depthwise_kernel" and not any(s.endswith("pointwise_kernel") for s in siblings):
+    if last == "depthwise_kernel" and not separable:
         last = "kernel"
     if last in ("vector_u", "sn_u"):
         last = "spectral/1"
@@ -422,7 +423,11 @@ def _other_kind(local: str, group: Mapping[str, str], adjacent: bool) -> bool:
 
 def _merged(groups: list[tuple[tuple[str, ...], dict[str, str]]]) -> list[tuple[tuple[str, ...], dict[str, str]]]:
     """Cells, directions, attention projections and spectral norms joined to the layer that they are part of."""
-    present = [path for path, _ in groups]
+    spectral = {path for path, found in groups if {"vector_u", "sn_u"} & found.keys()}
+    places = {path for path, _ in groups} | {path[:-1] for path, _ in groups}
+    families: dict[tuple[str, ...], set[str]] = {}
+    for path, _ in groups:
+        families.setdefault(path[:-1], set()).add(path[-1])
     out: dict[tuple[str, ...], tuple[dict[str, str], set[tuple[str, ...]]]] = {}
     result: list[tuple[tuple[str, ...], dict[str, str]]] = []
     stacks: dict[tuple[str, ...], int] = {}
@@ -435,13 +440,12 @@ def _merged(groups: list[tuple[tuple[str, ...], dict[str, str]]]) -> list[tuple[
                 number = stacks.get(target, 0)
                 stacks[target] = number + 1
                 target = (*target, str(number))
-            elif len(target) > 1 and (direction := _direction(target, present)):
+            elif len(target) > 1 and (direction := _direction(target, places)):
                 target, prefix = target[:-1], direction + "/"
         elif len(path) > 1 and path[-1] in _ATTENTION_NAMES:
-            family = {p[-1] for p in present if p[:-1] == path[:-1]}
-            if _ATTENTION_NAMES - {"attention_output"} <= family:
+            if _ATTENTION_NAMES - {"attention_output"} <= families[path[:-1]]:
                 target, prefix = path[:-1], path[-1] + "/"
-        elif len(path) > 1 and any(p == path[:-1] and {"vector_u", "sn_u"} & locals_.keys() for p, locals_ in groups):
+        elif path[:-1] in spectral:
             target = path[:-1]
         names = {prefix + local: key for local, key in found.items()}
         known, parts = out.get(target, ({}, {path}))
@@ -451,14 +455,24 @@ def _merged(groups: list[tuple[tuple[str, ...], dict[str, str]]]) -> list[tuple[
         else:
             known.update(names)
             parts.add(path)
-    return [(p, {local_name(n, list(names)): key for n, key in names.items()}) for p, names in result]
+    return [(path, _public(found)) for path, found in result]
 
 
-def _direction(path: tuple[str, ...], present: Sequence[tuple[str, ...]]) -> str | None:
+def _public(found: Mapping[str, str]) -> dict[str, str]:
+    """Local names as Keras 3 has them; a name that would occur twice stays as it is."""
+    separable = any(name.endswith("pointwise_kernel") for name in found)
+    out: dict[str, str] = {}
+    for name, key in found.items():
+        wanted = _local_name(name, found, separable)
+        out[name if wanted in out or (wanted != name and wanted in found) else wanted] = key
+    return out
+
+
+def _direction(path: tuple[str, ...], places: Collection[tuple[str, ...]]) -> str | None:
     for word, other in (("forward_", "backward_"), ("backward_", "forward_")):
         if path[-1].startswith(word):
             opposite = (*path[:-1], other + path[-1].removeprefix(word))
-            return word + "layer" if any(p[: len(opposite)] == opposite for p in present) else None
+            return word + "layer" if opposite in places else None
     return None
 
 
