@@ -38,12 +38,12 @@ MEMORY = 384 << 20
 DEEPEST = 64
 """Levels of groups."""
 
-MOST_LINKS = 250_000
+MOST_LINKS = 100_000
 """Members of all groups together."""
 
-MOST_ATTRIBUTE_BYTES = 64 << 20
+MOST_ATTRIBUTE_BYTES = 32 << 20
 
-_REPLY_LIMIT = 256 << 20
+_REPLY_LIMIT = 96 << 20
 
 
 class StorageFile(io.RawIOBase):
@@ -118,7 +118,7 @@ def _receive(reading: int, where: str) -> bytes:
         pieces.append(piece)
         total += len(piece)
         if total > _REPLY_LIMIT:
-            raise _broken(where, "an HDF5 structure of more than 256 MB")
+            raise _broken(where, "an HDF5 structure of more than 96 MB")
 
 
 def _serve(storage: Storage, where: str, reading: int, writing: int) -> None:
