@@ -13,8 +13,9 @@ import heapq
 import itertools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 from neutral.containers.saved_model import Attribute, Node
 from neutral.errors import BadFile, Problem
@@ -121,12 +122,14 @@ def sort_keys(nodes: Sequence[Node], keys: Sequence[str], integer_scalars: froze
     listed: list[tuple[tuple[int, ...], str, str]] = []
     seen = set()
     wanted = set(keys)
-    for place in _places(nodes):
+    optimizers = {number for number, node in enumerate(nodes) if _is_optimizer(node)}
+    celled = {number for number, node in enumerate(nodes) if _has_cell(node)}
+    for place in _places(nodes, optimizers):
         key, name = place.attribute.key, place.attribute.full_name
         if key not in wanted or key in seen:
             continue
         seen.add(key)
-        if kind := _collection(place, nodes, key in integer_scalars):
+        if kind := _collection(place, optimizers, celled, key in integer_scalars):
             found.collections.setdefault(kind, []).append(key)
         elif _LISTS.isdisjoint(place.edges):
             found.placed.append(place)
@@ -142,17 +145,17 @@ def sort_keys(nodes: Sequence[Node], keys: Sequence[str], integer_scalars: froze
     return found
 
 
-def _collection(place: Place, nodes: Sequence[Node], integer_scalar: bool) -> str | None:
+def _collection(place: Place, optimizers: set[int], celled: set[int], integer_scalar: bool) -> str | None:
     """The collection that a placed variable belongs to, or None for a weight."""
     owners = (0, *place.nodes[:-1])
     name = place.attribute.full_name
-    if "/.OPTIMIZER_SLOT/" in place.attribute.key or any(_is_optimizer(nodes[n]) for n in owners):
+    if "/.OPTIMIZER_SLOT/" in place.attribute.key or not optimizers.isdisjoint(owners):
         return OPTIMIZER
     if not _METRIC_EDGES.isdisjoint(place.edges):
         return METRICS
     if not _RANDOM_EDGES.isdisjoint(place.edges) or name.endswith("seed_generator_state"):
         return STATE
-    if any(edge in _STATES and _has_cell(nodes[n]) for edge, n in zip(place.edges, owners, strict=True)):
+    if any(edge in _STATES and n in celled for edge, n in zip(place.edges, owners, strict=True)):
         return STATE
     if name in _COUNTERS or (integer_scalar and len(place.edges) == 1):
         return STATE
@@ -179,7 +182,7 @@ def _is_optimizer(node: Node) -> bool:
     return node.has_slots or any(name in _ITERATIONS for name, _ in node.children)
 
 
-def _places(nodes: Sequence[Node]) -> list[Place]:
+def _places(nodes: Sequence[Node], optimizers: set[int]) -> list[Place]:
     """Every saved value with the cheapest way to it: by attributes, before lists, before an optimizer."""
     if not nodes:
         return []
@@ -188,7 +191,7 @@ def _places(nodes: Sequence[Node]) -> list[Place]:
     heap: list[tuple[int, int, int, int, str]] = []
 
     def push(number: int, cost: int) -> None:
-        penalty = _OPTIMIZER_COST if _is_optimizer(nodes[number]) else 0
+        penalty = _OPTIMIZER_COST if number in optimizers else 0
         for rank, (name, child) in enumerate(nodes[number].children):
             if child not in done:
                 heapq.heappush(heap, (cost + penalty + _edge_cost(name), number, rank, child, name))
@@ -250,8 +253,13 @@ def by_place(places: Sequence[Place], nodes: Sequence[Node], known: Mapping[int,
     """Layers from the object graph. `known` are names that the file itself gives to objects."""
     keras3 = any(edge in ("_operations", "_kernel", "_embeddings") for place in places for edge in place.edges)
     layers: dict[tuple[tuple[int, ...], tuple[str, ...]], _Layer] = {}
+
+    @cache
+    def holds_only(allowed: frozenset[str], number: int) -> bool:
+        return _holds_only(allowed, nodes[number], nodes)
+
     for place in places:
-        _collect(place, nodes, keras3, layers)
+        _collect(place, holds_only, keras3, layers)
     ordered = sorted(layers.values(), key=lambda layer: (layer.ranks, layer.suffix))
     names = _position_names(ordered, known)
     levels = [_levels(layer) for layer in ordered]
@@ -276,7 +284,7 @@ def by_place(places: Sequence[Place], nodes: Sequence[Node], known: Mapping[int,
 
 def _collect(
     place: Place,
-    nodes: Sequence[Node],
+    holds_only: Callable[[frozenset[str], int], bool],
     keras3: bool,
     layers: dict[tuple[tuple[int, ...], tuple[str, ...]], _Layer],
 ) -> None:
@@ -290,16 +298,16 @@ def _collect(
     used = len(edges)
     while used > 1:
         last = edges[used - 1]
-        parent = nodes[place.nodes[used - 2]]
+        parent = place.nodes[used - 2]
         if used > 3 and last.isdigit() and edges[used - 3 : used - 1] == ("cell", "cells"):
             suffix, step, dropped = (last, *suffix), 3, 2
-        elif last == "cell" and _holds_only(_CELLED, parent, nodes):
+        elif last == "cell" and holds_only(_CELLED, parent):
             step, dropped = 1, 1
-        elif last in _DIRECTIONS and _holds_only(_DIRECTED, parent, nodes):
+        elif last in _DIRECTIONS and holds_only(_DIRECTED, parent):
             prefix, step, dropped = (last, *prefix), 1, 1
         elif last in _ATTENTION:
             prefix, step, dropped = (_ATTENTION[last], *prefix), 1, 1
-        elif last == "layer" and edges[used - 2] not in _ALIASES and _holds_only(_WRAPPED, parent, nodes):
+        elif last == "layer" and edges[used - 2] not in _ALIASES and holds_only(_WRAPPED, parent):
             step, dropped = 1, int(keras3)
         else:
             break
