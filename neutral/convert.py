@@ -10,6 +10,7 @@ beside the goal, read back and compare, move into place.
 from __future__ import annotations
 
 import base64
+import importlib
 import os
 import shutil
 import tempfile
@@ -842,7 +843,7 @@ def _build(contents: Contents, framework: Framework, target: Path, journey: _Jou
     elif framework.name == "numpy":
         native = _numpy_model(contents, framework)
     else:
-        native = _foreign_model(contents, framework, convention, origin, manifest, journey)
+        native = _foreign_model(contents, framework, convention, origin, manifest, target, journey)
     raise_all(Refused, journey.problems)
     if (
         framework.name in ("keras", "tensorflow")
@@ -854,11 +855,15 @@ def _build(contents: Contents, framework: Framework, target: Path, journey: _Jou
     return native, manifest
 
 
+_WHOLE = (".pt2", ".keras", ".h5", ".hdf5", ".savedmodel")
+"""Suffixes of files that hold a model and not only its weights."""
+
+
 def _rebuilt(contents: Contents, target: Path) -> bool:
     """True if a file is built from the graph although source and target store layers alike."""
     if target.name.endswith(".pt2"):
         return True
-    whole = target.name.endswith((".keras", ".h5", ".hdf5", ".savedmodel")) and not target.name.endswith(".weights.h5")
+    whole = target.name.endswith(_WHOLE) and not target.name.endswith(".weights.h5")
     return whole and not _keras3_config(contents) and contents.graph is not None
 
 
@@ -961,10 +966,14 @@ def _foreign_model(
     convention: Convention,
     origin: Convention,
     manifest: Manifest,
+    target: Path,
     journey: _Journey,
 ) -> NativeModel:
-    """Each canonical layer as a native layer of another framework."""
-    import importlib
+    """Each canonical layer as a native layer of another framework.
+
+    A model that is built whole from its graph needs no decision on a Flatten: the graph says what becomes of it.
+    """
+    whole = contents.graph is not None and target.name.endswith(_WHOLE) and not target.name.endswith(".weights.h5")
 
     assert framework.target is not None
     for layer in contents.layers:
@@ -980,7 +989,7 @@ def _foreign_model(
                     f"export again with --kind '{layer.path}=KIND', or use --into TEMPLATE",
                 )
             )
-        elif layer.undecided and origin.flatten != convention.flatten:
+        elif layer.undecided and origin.flatten != convention.flatten and not whole:
             journey.problems.append(undecided_problem(layer))
     raise_all(Refused, journey.problems)
     classes: Mapping[str, tuple[str, Mapping[str, Any]]] = importlib.import_module(framework.target).layer_classes(

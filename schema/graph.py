@@ -16,7 +16,7 @@ nodes are complete in themselves, their settings in `attributes` under ONNX's na
 A recurrent node takes batch-first values (batch, time, feature). Its attributes: `return_sequences`, `return_state`
 (booleans: outputs are the sequence or the last step, then the final states), and, if the layer has two directions,
 `merge_mode` (concat, sum, mul, ave, or none for two outputs); `initial_state` inputs follow the sequence input.
-An attention node takes query, value and key in this order (one input: self-attention).
+An attention node takes query, key and value in this order (one input: self-attention).
 
 Axis names: batch, channel, feature, time, depth, height, width; others are free names. Values between nodes may have
 unknown shape, or None for a size that is not known.

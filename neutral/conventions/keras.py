@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from neutral.conventions.forms import Config, Convention, Form, Part, Row, Sizes, layer
@@ -248,12 +248,23 @@ def _separable_parts() -> tuple[Part, ...]:
     )
 
 
+def _of_rank(rank: int) -> Callable[[Config], bool]:
+    """True for layers whose slope has this rank, where the config tells it."""
+    return lambda config: bool(config.get("alpha_rank", rank) == rank)
+
+
 def _slopes() -> tuple[Form, ...]:
     shared = ("feature", "1 feature", "1 1 feature", "1 1 1 feature")
     own = {"w feature": "feature w", "h w feature": "feature h w", "d h w feature": "feature d h w"}
-    rows = [Row("slope", "alpha", native, "feature") for native in shared]
-    rows += [Row("slope", "alpha", native, canonical) for native, canonical in own.items()]
-    return tuple(Form(("PReLU",), (layer("prelu", row),)) for row in rows)
+    axes = {**dict.fromkeys(shared, "feature"), **own}
+    return tuple(
+        Form(
+            ("PReLU",),
+            (layer("prelu", Row("slope", "alpha", native, canonical)),),
+            applies=_of_rank(len(native.split())),
+        )
+        for native, canonical in axes.items()
+    )
 
 
 def _layer_norms() -> tuple[Form, ...]:
