@@ -300,7 +300,7 @@ class _Merged(Tensor):
         self._base, self._axis, self._count = base, axis, count
         self.streams = base.streams
         self._sizes = base.shape[axis : axis + count]
-        self.shape = base.shape[:axis] + (math.prod(self._sizes),) + base.shape[axis + count :]
+        self.shape = (*base.shape[:axis], math.prod(self._sizes), *base.shape[axis + count :])
         self.dtype = base.dtype
 
     def block(self, ranges: Sequence[Range]) -> Array:
@@ -322,7 +322,7 @@ class _Merged(Tensor):
 class _Taken(Tensor):
     def __init__(self, base: Tensor, axis: int, indices: tuple[int, ...]) -> None:
         self._base, self._axis, self._indices = base, axis, indices
-        self.shape = base.shape[:axis] + (len(indices),) + base.shape[axis + 1 :]
+        self.shape = (*base.shape[:axis], len(indices), *base.shape[axis + 1 :])
         self.dtype = base.dtype
 
     def block(self, ranges: Sequence[Range]) -> Array:
@@ -348,7 +348,7 @@ class _Stacked(Tensor):
         self.streams = axis == 0 and all(part.streams for part in parts)
         first = parts[0]
         assert all(p.shape == first.shape and p.dtype == first.dtype for p in parts)
-        self.shape = first.shape[:axis] + (len(parts),) + first.shape[axis:]
+        self.shape = (*first.shape[:axis], len(parts), *first.shape[axis:])
         self.dtype = first.dtype
 
     def block(self, ranges: Sequence[Range]) -> Array:

@@ -154,7 +154,7 @@ def refuse_same(output: Path, *inputs: Path) -> None:
     """Refuse to write over what is being read."""
     for source in inputs:
         with contextlib.suppress(OSError):
-            if output.exists() and os.path.samefile(output, source):
+            if output.exists() and output.samefile(source):
                 raise Refused(
                     Problem(str(output), "the input itself as the output", "another file", "choose another name")
                 )
@@ -184,13 +184,13 @@ def new_file(path: str | os.PathLike[str], force: bool = False) -> Iterator[Bina
             named = True
             fd = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
         try:
-            with open(fd, "w+b", buffering=0) as out:
+            with os.fdopen(fd, "w+b", buffering=0) as out:
                 yield _Whole(out)  # type: ignore[misc]
                 os.fsync(fd)
                 if not named:
                     _link_unnamed(fd, hidden)
                     named = True
-            os.replace(hidden, target)
+            hidden.replace(target)
             named = False
         finally:
             if named:
@@ -237,7 +237,7 @@ def new_folder(path: str | os.PathLike[str], force: bool = False) -> Iterator[Pa
         raise Refused(Problem(str(target), "a file", "a folder to write", "choose another name"))
     hidden = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".tmp", dir=target.parent))
     try:
-        os.chmod(hidden, 0o777 & ~_umask())
+        hidden.chmod(0o777 & ~_umask())
         yield hidden
         for file in sorted(p for p in hidden.rglob("*") if p.is_file()):
             fd = os.open(file, os.O_RDONLY)
@@ -247,11 +247,11 @@ def new_folder(path: str | os.PathLike[str], force: bool = False) -> Iterator[Pa
                 os.close(fd)
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".old", dir=target.parent))
-            os.replace(target, old / "was")
-            os.replace(hidden, target)
+            target.replace(old / "was")
+            hidden.replace(target)
             shutil.rmtree(old)
         else:
-            os.replace(hidden, target)
+            hidden.replace(target)
         _sync_folder(target.parent)
     except OSError as error:
         raise Refused(
