@@ -253,7 +253,7 @@ def _canonical(
     return Contents(layers, source, native.graph, native.ordered, native.collections, (), native.notes)
 
 
-_KEPT = ("config", "keras_version", "object_graph", "prefix", "metadata", "order")
+_KEPT = ("config", "keras_version", "object_graph", "prefix", "metadata", "order", "copies", "strings")
 """What of a reader's metadata the archive keeps, for the writer of the same format."""
 
 
@@ -931,7 +931,7 @@ def _native_model(contents: Contents, framework: Framework) -> NativeModel:
         contents.graph,
         {},
         contents.ordered,
-        {},
+        contents.collections,
         _metadata(contents.source.settings),
     )
 

@@ -178,10 +178,10 @@ def _kernel_forms() -> tuple[Form, ...]:
         raw_weight = "parametrizations.weight."
         variants: tuple[tuple[str | None, tuple[Row, ...]], ...] = (
             (None, (Row("kernel", "weight", axes),)),
-            ("weight_norm", (Row("kernel_magnitude", "weight_g", raw=True, required=True), Row("kernel_direction", "weight_v", axes, required=True))),
-            ("weight_norm", (Row("kernel_magnitude", f"{raw_weight}original0", raw=True, required=True), Row("kernel_direction", f"{raw_weight}original1", axes, required=True))),
-            ("spectral_norm", (Row("kernel_raw", "weight_orig", axes, required=True), Row("kernel_u", "weight_u", raw=True, required=True), Row("kernel_v", "weight_v", raw=True, required=True))),
-            ("spectral_norm", (Row("kernel_raw", f"{raw_weight}original", axes, required=True), Row("kernel_u", f"{raw_weight}0._u", raw=True, required=True), Row("kernel_v", f"{raw_weight}0._v", raw=True, required=True))),
+            ("weight_norm", (Row("kernel_magnitude", "weight_g", raw=True, required=True), Row("kernel_direction", "weight_v", axes, axes, required=True))),
+            ("weight_norm", (Row("kernel_magnitude", f"{raw_weight}original0", raw=True, required=True), Row("kernel_direction", f"{raw_weight}original1", axes, axes, required=True))),
+            ("spectral_norm", (Row("kernel_raw", "weight_orig", axes, axes, required=True), Row("kernel_u", "weight_u", raw=True, required=True), Row("kernel_v", "weight_v", raw=True, required=True))),
+            ("spectral_norm", (Row("kernel_raw", f"{raw_weight}original", axes, axes, required=True), Row("kernel_u", f"{raw_weight}0._u", raw=True, required=True), Row("kernel_v", f"{raw_weight}0._v", raw=True, required=True))),
         )  # fmt: skip
         for name, rows in variants:
             part = layer(kind, *rows, bias, attributes=_with(attributes, name), check=check)
