@@ -841,7 +841,7 @@ def _build(contents: Contents, framework: Framework, target: Path, journey: _Jou
     if _same_family(origin, convention) and not _rebuilt(contents, target):
         native = _native_model(contents, framework)
     elif framework.name == "numpy":
-        native = _numpy_model(contents, framework)
+        native = _numpy_model(contents, framework, origin, journey)
     else:
         native = _foreign_model(contents, framework, convention, origin, manifest, target, journey)
     raise_all(Refused, journey.problems)
@@ -945,19 +945,37 @@ def _einsum_config(layer: CanonicalLayer) -> dict[str, Any]:
     return {"equation": layer.attributes.get("equation", "")}
 
 
-def _numpy_model(contents: Contents, framework: Framework) -> NativeModel:
-    """Canonical tensors as they are, under `<layer>/<role>`."""
-    layers = tuple(
-        NativeLayer(
-            layer.path,
-            layer.kind,
-            {role: NativeTensor(f"{layer.path}/{role}", t.data, None, t.state) for role, t in layer.tensors.items()},
-            layer.attributes,
-            "class",
-        )
-        for layer in contents.layers
+def _numpy_model(contents: Contents, framework: Framework, origin: Convention, journey: _Journey) -> NativeModel:
+    """Canonical tensors as they are, under `<layer>/<role>`.
+
+    A layer of unknown kind keeps its source's names and axes. Where these names are also those of a kind, a reader would
+    take the axes for canonical ones: then the kind is asked for.
+    """
+    convention = framework.convention()
+    layers = []
+    for layer in contents.layers:
+        tensors = {
+            role: NativeTensor(f"{layer.path}/{role}", t.data, None, t.state) for role, t in layer.tensors.items()
+        }
+        if layer.kind == "unknown" and layer.weights:
+            read = recognise(NativeLayer(layer.path, None, tensors), convention)
+            if read.binding is not None or read.candidates:
+                journey.problems.append(_unknown_problem(layer, framework))
+        elif layer.undecided and origin.flatten != convention.flatten:
+            journey.problems.append(undecided_problem(layer))
+        layers.append(NativeLayer(layer.path, layer.kind, tensors, layer.attributes, "class"))
+    return NativeModel(framework.name, "npz", tuple(layers))
+
+
+def _unknown_problem(layer: CanonicalLayer, framework: Framework) -> Problem:
+    kinds = f"candidates: {', '.join(layer.candidates)}" if layer.candidates else "no kind that neutral knows fits"
+    return Problem(
+        layer.path,
+        f"a layer of unknown kind ({kinds})",
+        f"its kind, to write it for {framework.name}",
+        f"export again with --kind '{layer.path}=KIND'"
+        + ("" if framework.name == "numpy" else ", or use --into TEMPLATE"),
     )
-    return NativeModel(framework.name, "npz", layers)
 
 
 def _foreign_model(
@@ -978,17 +996,7 @@ def _foreign_model(
     assert framework.target is not None
     for layer in contents.layers:
         if layer.kind == "unknown" and layer.weights:
-            kinds = (
-                f"candidates: {', '.join(layer.candidates)}" if layer.candidates else "no kind that neutral knows fits"
-            )
-            journey.problems.append(
-                Problem(
-                    layer.path,
-                    f"a layer of unknown kind ({kinds})",
-                    f"its kind, to write it for {framework.name}",
-                    f"export again with --kind '{layer.path}=KIND', or use --into TEMPLATE",
-                )
-            )
+            journey.problems.append(_unknown_problem(layer, framework))
         elif layer.undecided and origin.flatten != convention.flatten and not whole:
             journey.problems.append(undecided_problem(layer))
     raise_all(Refused, journey.problems)
