@@ -130,22 +130,37 @@ def spectral_norm_kernel(raw: Tensor, u: Tensor, v: Tensor, axis: int) -> Tensor
     return Computed(raw.shape, raw.dtype, compute)
 
 
+_WITH_INFINITIES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+
+
 def widens(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
     """True if every value of one dtype is a value of the other.
 
-    >>> widens(np.dtype("float16"), np.dtype("float32")), widens(np.dtype("float32"), np.dtype("float16"))
+    >>> widens(np.dtype("float16"), np.dtype("float32")), widens(np.dtype("int64"), np.dtype("float64"))
     (True, False)
     """
-    if source.kind in "biu" and target.kind in "biufc":
-        return bool(np.can_cast(source, target, "safe"))
-    try:
-        return bool(np.promote_types(source, target) == target) and _finfo(source) <= _finfo(target)
-    except TypeError:
-        return False
-
-
-def _finfo(dtype: np.dtype[Any]) -> tuple[int, int]:
     import ml_dtypes
 
-    info = ml_dtypes.finfo(np.float32 if dtype.kind == "c" else dtype)
-    return int(info.nmant), int(info.maxexp)
+    if source == target:
+        return True
+    if target.kind in "biu":
+        return source.kind in "biu" and bool(np.can_cast(source, target, "safe"))
+    if target.name not in _WITH_INFINITIES or (source.kind == "c" and target.kind != "c"):
+        return False
+    goal = ml_dtypes.finfo(_component(target))
+    if source.kind == "b":
+        return True
+    try:
+        have = ml_dtypes.finfo(_component(source))
+    except ValueError:  # integers, those of ml_dtypes too; numpy calls int64 -> float64 safe, which it is not
+        return int(ml_dtypes.iinfo(source).max) <= 2 ** (goal.nmant + 1)
+    return bool(
+        have.nmant <= goal.nmant
+        and have.maxexp <= goal.maxexp
+        and float(have.smallest_subnormal) >= float(goal.smallest_subnormal)
+    )
+
+
+def _component(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype of a complex number's parts; any other as it is."""
+    return np.empty(0, dtype).real.dtype if dtype.kind == "c" else dtype
