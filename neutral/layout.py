@@ -87,6 +87,12 @@ def parse(expression: str) -> tuple[Group, ...]:
     names = [axis.name for group in groups for axis in group]
     if len(set(names)) != len(names):
         raise BadLayout(Problem(repr(expression), "an axis named twice", "each axis once"))
+    if any(len(set(axis.letters)) != len(axis.letters) for group in groups for axis in group):
+        raise BadLayout(Problem(repr(expression), "a block named twice", "each letter of an axis once"))
+    if any(_SPACE in group and group != (_SPACE,) for group in groups):
+        raise BadLayout(Problem(repr(expression), "'...' among other axes of a bracket", "'...' by itself"))
+    if "..." in names and any(re.fullmatch(r"x\d+", name) for name in names):
+        raise BadLayout(Problem(repr(expression), "'...' beside an axis x0", "another name: '...' becomes x0 x1 x2"))
     return tuple(groups)
 
 
