@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -23,10 +24,10 @@ from neutral.canonical import CROSSING, HEADED, CanonicalLayer, CanonicalTensor,
 from neutral.containers.elements import element_bytes
 from neutral.containers.files import SourceFile, new_file
 from neutral.containers.safetensors import Entry, dtype_code, header_bytes, read_header, stored
-from neutral.errors import BadFile, Problem, Refused, printable
+from neutral.errors import BadFile, Problem, Refused, printable, raise_all
 from neutral.native import NativeTensor, Tensor
 from neutral.schema.graph import Graph
-from neutral.schema.kinds import KINDS, Layer, Parameter
+from neutral.schema.kinds import KINDS, LABELS, Layer, Parameter
 from neutral.schema.manifest import FORMAT_VERSION, Loss, Manifest, Source
 
 KEY = "neutral"
@@ -333,7 +334,21 @@ def _stored(contents: Contents, grouped: Sequence[Sequence[_Item]]) -> dict[str,
     named = [(item.name, item.tensor) for items in grouped for item in items if item.tied_to is None]
     for collection, natives in contents.collections.items():
         named.extend((f"@{collection}/{native.name}", native.data) for native in natives)
+    names = [item.name for items in grouped for item in items if item.tied_to is not None] + [name for name, _ in named]
+    raise_all(
+        Refused,
+        (
+            Problem(
+                name, "two tensors of this name (a/b, c and a, b/c)", "names that differ", "rename one in the source"
+            )
+            for name in _twice(names)
+        ),
+    )
     return dict(sorted(named, key=lambda pair: -pair[1].dtype.itemsize))
+
+
+def _twice(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def write_archive(
@@ -423,7 +438,9 @@ def open_archive(path: str | os.PathLike[str]) -> Archive:
         manifest = Manifest.from_json(text, str(where))
         tensors: dict[str, Tensor] = {entry.name: stored(file, entry) for entry in header.entries}
         _check_structure(where, manifest, header.entries)
-        return Archive(manifest, _contents(manifest, tensors), tensors, file.close, where)
+        contents = _contents(manifest, tensors)
+        raise_all(BadFile, list(_axis_problems(where, manifest, contents.layers))[:20])
+        return Archive(manifest, contents, tensors, file.close, where)
     except BaseException:
         file.close()
         raise
@@ -447,10 +464,14 @@ def _check_version(where: Path, text: str) -> None:
 
 def _check_structure(where: Path, manifest: Manifest, entries: Sequence[Entry]) -> None:
     """Manifest and header must describe the same tensors."""
-    listed = dict((*manifest.parameters(), *_collected(manifest)))
+    pairs = [*manifest.parameters(), *_collected(manifest)]
+    listed = dict(pairs)
     mine = {name: p for name, p in listed.items() if p.tied_to is None}
     header = {entry.name: entry for entry in entries}
     problems = [
+        Problem(f"{where}: {name}", "two parameters of this name", "one") for name in _twice(name for name, _ in pairs)
+    ]
+    problems += [
         Problem(f"{where}: {name}", "a tensor of the manifest alone", "it in the header too")
         for name in mine.keys() - header.keys()
     ]
@@ -493,7 +514,7 @@ def _check_structure(where: Path, manifest: Manifest, entries: Sequence[Entry]) 
 
 
 def _kind_problems(where: Path, layer: Layer) -> Iterator[Problem]:
-    """Parameters must have the axes of their kind."""
+    """Parameters must have the axes of their kind, and their labels in its order."""
     spec = type(layer).parameters_of
     if not spec:
         return
@@ -507,6 +528,28 @@ def _kind_problems(where: Path, layer: Layer) -> Iterator[Problem]:
             yield Problem(
                 f"{where}: {layer.path}/{role}", f"axes {' '.join(parameter.axes)}", f"{' '.join(spec[role].axes)}"
             )
+        labels = {axis: names for axis, names in (LABELS | spec[role].labels).items() if axis in axes}
+        told = dict(parameter.labels)
+        if told != labels:
+            yield Problem(f"{where}: {layer.path}/{role}", f"labels {told}", f"{labels}")
+        sizes = dict(zip(parameter.axes, parameter.shape, strict=False))
+        wrong = {axis: len(names) for axis, names in labels.items() if sizes[axis] != len(names)}
+        if wrong:
+            yield Problem(f"{where}: {layer.path}/{role}", f"shape {parameter.shape}", f"blocks {wrong}")
+
+
+def _axis_problems(where: Path, manifest: Manifest, layers: Sequence[CanonicalLayer]) -> Iterator[Problem]:
+    """What a layer says of its channels and heads must be what the axes of its parameters say."""
+    for told, layer in zip(manifest.layers, layers, strict=True):
+        for role, tensor in layer.tensors.items():
+            parameter = told.parameters[role]
+            fine = [axis for group in fine_axes(layer, tensor) for axis in group]
+            if fine != list(zip(parameter.axes, parameter.shape, strict=True)):
+                yield Problem(
+                    f"{where}: {layer.path}/{role}",
+                    f"axes {' '.join(parameter.axes)} of {parameter.shape}",
+                    f"{' '.join(axis for axis, _ in fine)} of {tuple(n for _, n in fine)}",
+                )
 
 
 _LAYER_FIELDS = {
