@@ -146,12 +146,18 @@ def _by_name(
                     f"{source} -> {target}",
                     f"equal names but {reason}",
                     "layers of one kind and size",
-                    "pair the layers in a --map file",
+                    _advice(left[source], right[target]),
                 )
             )
         else:
             pairs[source] = Pair(source, target, "name" if source == target else "name, normalised")
     _remove(left, right, pairs)
+
+
+def _advice(source: CanonicalLayer, target: CanonicalLayer) -> str:
+    if source.kind == target.kind == "unknown":
+        return f"say with --kind '{source.path}=KIND' what it is"
+    return "pair the layers in a --map file"
 
 
 def _index(layers: Mapping[str, CanonicalLayer]) -> dict[str, list[str]]:
