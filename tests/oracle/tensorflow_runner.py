@@ -60,6 +60,16 @@ def run_saved_model(folder: Path, case: Case, arrays: list[np.ndarray]) -> np.nd
     return permute(output.numpy(), case.models["tensorflow"].output, case.output)
 
 
+def restore(model: Any, prefix: str) -> None:
+    """Weights of an object-based checkpoint, or of one that has names only: `layer/kernel`."""
+    reader = tf.train.load_checkpoint(prefix)
+    if reader.has_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"):
+        tf.train.Checkpoint(model=model).read(prefix).assert_existing_objects_matched().expect_partial()
+        return
+    for name, weight in zip(keras_runner.names(model), model.weights, strict=True):
+        weight.assign(reader.get_tensor(name))
+
+
 def forward(case: str, file: str, arrays: str, equal: bool, dtype: str) -> dict[str, Any]:
     it = cases(equal)[case]
     with np.load(arrays) as given:
@@ -71,7 +81,7 @@ def forward(case: str, file: str, arrays: str, equal: bool, dtype: str) -> dict[
     else:
         model = keras_runner.fresh(it, 10**6, dtype, "tensorflow")
         prefix = file.removesuffix(".index")
-        tf.train.Checkpoint(model=model).read(prefix).assert_existing_objects_matched().expect_partial()
+        restore(model, prefix)
         output = keras_runner.run(model, it, inputs)
     np.savez(arrays, output=output)
     return {}
