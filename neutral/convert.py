@@ -16,10 +16,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neutral import frameworks
 from neutral.archive import (
@@ -27,7 +28,6 @@ from neutral.archive import (
     Archive,
     Contents,
     describe,
-    digests,
     file_digest,
     manifest_without_digests,
     open_archive,
@@ -46,12 +46,16 @@ from neutral.canon import (
 from neutral.canonical import CanonicalLayer, CanonicalTensor
 from neutral.containers.files import check_output, refuse_same
 from neutral.conventions.forms import Convention
-from neutral.errors import BadFile, NeutralError, Problem, Refused, WrongUsage, raise_all
+from neutral.errors import BadFile, NeutralError, Problem, Refused, Unsupported, WrongUsage, raise_all
 from neutral.frameworks import ARCHIVE, FRAMEWORKS, Framework
 from neutral.match import Pair, Side, differing_settings, pair_layers
-from neutral.native import NativeLayer, NativeModel, NativeTensor, Tensor
+from neutral.native import NativeLayer, NativeModel, NativeTensor, Tensor, Witnessed
 from neutral.schema.kinds import KINDS
 from neutral.schema.manifest import Loss, Manifest, Source
+
+if TYPE_CHECKING:
+    from neutral.running import Runnable
+    from neutral.verify import Verification
 
 Progress = Callable[[int, int], None]
 Model = str | os.PathLike[str] | object
@@ -440,18 +444,31 @@ def _import(
         if template is not None:
             native = stack.enter_context(_opened(framework, template))
             _pair(contents, native, framework, mapping, allow_unused, allow_missing, cast, journey)
-            expected = journey.tensors
+            expected = {name: Witnessed(tensor) for name, tensor in journey.tensors.items()}
             work = stack.enter_context(_beside(target))
-            framework.writer().fill(template, journey.tensors, work / target.name)
+            framework.writer().fill(template, expected, work / target.name)
         else:
             built, manifest = _build(contents, framework, target, journey)
-            expected = {tensor.name: tensor.data for tensor in built.tensors()}
+            built, expected = _witnessed(built)
             work = stack.enter_context(_beside(target))
             framework.writer().build(built, manifest, work / target.name)
         if not target.name.endswith(".pt2"):
             _compare_written(framework, work / target.name, target, expected, by_name=template is not None)
         _move(work, target, force)
     return _report(target, journey, count, started)
+
+
+def _witnessed(model: NativeModel) -> tuple[NativeModel, dict[str, Witnessed]]:
+    """The model with tensors that remember what was written of them, and these by name."""
+    found: dict[str, Witnessed] = {}
+    layers = []
+    for layer in model.layers:
+        tensors = {}
+        for local, tensor in layer.tensors.items():
+            found[tensor.name] = Witnessed(tensor.data)
+            tensors[local] = replace(tensor, data=found[tensor.name])
+        layers.append(replace(layer, tensors=tensors))
+    return replace(model, layers=tuple(layers)), found
 
 
 def _report(out: Path | None, journey: _Journey, layers: int, started: float) -> Report:
@@ -548,7 +565,7 @@ def _move(work: Path, target: Path, force: bool) -> None:
 
 
 def _compare_written(
-    framework: Framework, written: Path, target: Path, expected: Mapping[str, Tensor], *, by_name: bool
+    framework: Framework, written: Path, target: Path, expected: Mapping[str, Witnessed], *, by_name: bool
 ) -> None:
     """Read the output back with the reader and compare every element with what was meant."""
     with _opened(framework, written) as native:
@@ -557,13 +574,13 @@ def _compare_written(
             for tensors in native.collections.values():
                 found.update({tensor.name: tensor.data for tensor in tensors})
             missing = [name for name in expected if name not in found]
-            wanted = digests((name, tensor) for name, tensor in expected.items())
-            got = digests((name, tensor) for name, tensor in found.items() if name in wanted)
-            wrong = [name for name in wanted if name not in missing and wanted[name] != got[name]]
+            again = _crcs([found[name] for name in expected if name in found])
+            there = [name for name in expected if name in found]
+            wrong = [name for name, crc in zip(there, again, strict=True) if crc != expected[name].crc()]
         else:
-            wanted_bytes = sorted(digests((name, tensor) for name, tensor in expected.items()).values())
-            got_bytes = sorted(digests((name, tensor) for name, tensor in found.items()).values())
-            missing, wrong = [], ([] if wanted_bytes == got_bytes else ["weights"])
+            wanted = sorted((tensor.nbytes, tensor.crc()) for tensor in expected.values())
+            got = sorted(zip((t.nbytes for t in found.values()), _crcs(list(found.values())), strict=True))
+            missing, wrong = [], ([] if wanted == got else ["weights"])
     if missing or wrong:
         names = ", ".join((missing + wrong)[:5])
         raise NeutralError(
@@ -574,6 +591,11 @@ def _compare_written(
                 "nothing was left behind; please report this",
             )
         )
+
+
+def _crcs(tensors: Sequence[Tensor]) -> list[int]:
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda tensor: Witnessed(tensor).crc(), tensors))
 
 
 # --- into a template ---
@@ -838,7 +860,7 @@ def _build(contents: Contents, framework: Framework, target: Path, journey: _Jou
     convention = framework.convention()
     origin = FRAMEWORKS[contents.source.framework].convention()
     manifest = _manifest_of(contents)
-    if _same_family(origin, convention) and not _rebuilt(contents, target):
+    if _same_family(origin, convention) and not _rebuilt(contents, target) and not _classes_missing(contents, framework):
         native = _native_model(contents, framework)
     elif framework.name == "numpy":
         native = _numpy_model(contents, framework, origin, journey)
@@ -865,6 +887,13 @@ def _rebuilt(contents: Contents, target: Path) -> bool:
         return True
     whole = target.name.endswith(_WHOLE) and not target.name.endswith(".weights.h5")
     return whole and not _keras3_config(contents) and contents.graph is not None
+
+
+def _classes_missing(contents: Contents, framework: Framework) -> bool:
+    """True for layers of a checkpoint without classes, on their way into a Keras file, which has them."""
+    if framework.name != "keras" or contents.source.framework == "keras":
+        return False
+    return any(layer.native is None and layer.weights for layer in contents.layers)
 
 
 def _manifest_of(contents: Contents) -> Manifest:
@@ -1080,3 +1109,87 @@ def diff(a: Model, b: Model, *, key: str | None = None) -> Difference:
     with export_model(a, key=key) as left, export_model(b, key=key) as right:
         lines = differing(left, right)
     return Difference(not lines, tuple(lines))
+
+
+# --- running ---
+
+
+def verify(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    input_shape: Sequence[int] | None = None,
+    seed: int = 0,
+    tolerance: float = 1e-5,
+) -> Verification:
+    """Run two models on the same random input and compare what comes out; see `neutral.verify.compare`.
+
+        verify("lenet5.pt", "lenet5.keras").same
+
+    A file of a model is run by its own framework. An archive, and a file that its framework cannot run, is rebuilt from
+    its graph, in the source's framework where that is installed. `input_shape` has the batch and channels first.
+
+    Raises `Refused` for weights without a model, for a file that would run code of its own, and where a framework fails.
+    """
+    from neutral.verify import compare
+
+    with ExitStack() as stack:
+        left, right = (_runnable(Path(path), stack) for path in (a, b))
+        return compare(left, right, input_shape=input_shape, seed=seed, tolerance=tolerance)
+
+
+_RUN_BY = {
+    ("torch", "pt"): "torch_module",
+    ("torch", "pt-legacy"): "torch_module",
+    ("keras", "keras"): "keras_model",
+    ("keras", "h5"): "keras_model",
+    ("tensorflow", "savedmodel"): "saved_model",
+}
+_REBUILT_AS = {"torch": "model.pt2", "keras": "model.keras"}
+
+
+def _runnable(path: Path, stack: ExitStack) -> Runnable:
+    from neutral import running
+
+    if running.is_program(path):
+        return running.torch_program(path)
+    found = frameworks.detect(path)
+    with export_model(path) as archive:
+        reasons: list[Problem] = []
+        if found in _RUN_BY and path.is_dir() == (found[1] == "savedmodel"):
+            run: Callable[[Path, Manifest], Runnable] = getattr(running, _RUN_BY[found])
+            try:
+                return run(path, archive.manifest)
+            except (Refused, Unsupported) as error:
+                reasons += error.problems
+        if archive.manifest.graph is None:
+            what = f"{found[0]} weights without a graph"
+            raise Refused(*reasons or [Problem(str(path), what, "a model that can be run", f"pass {running.RUNS}")])
+        why = f" ({reasons[0].found})" if reasons else ""
+        return _from_graph(archive, f"{path}, rebuilt from its graph{why}", stack)
+
+
+def _from_graph(archive: Archive, where: str, stack: ExitStack) -> Runnable:
+    """The graph of a model as a file of the source's framework, or of another that is installed."""
+    from neutral import running
+
+    work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="neutral-")))
+    own = "torch" if archive.manifest.source.framework in ("torch", "safetensors", "numpy") else "keras"
+    problems: list[Problem] = []
+    for framework in sorted(_REBUILT_AS, key=lambda name: name != own):
+        if not running.installed(framework):
+            problems.append(Problem(where, f"{framework} missing", "it, to run the model"))
+            continue
+        file = work / _REBUILT_AS[framework]
+        try:
+            import_model(archive, to=framework, out=file)
+            if framework == "torch":
+                built = running.torch_program(file, archive.manifest)
+            else:
+                with export_model(file) as again:
+                    built = running.keras_model(file, again.manifest)
+        except (Refused, Unsupported) as error:
+            problems += error.problems
+            continue
+        return replace(built, where=f"{where}, {built.where.rpartition(', ')[2]}")
+    raise Refused(*problems)

@@ -15,8 +15,10 @@ time, so a model larger than memory passes through.
 from __future__ import annotations
 
 import math
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,11 +28,11 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from neutral.schema.graph import Graph
 
-TILE = 8 << 20
+TILE = 4 << 20
 """Bytes that one tile has at the most."""
 
 WHOLE = 64 << 20
-"""A tensor of at most this many bytes may be read in one piece before it is rearranged."""
+"""Bytes that are read in one piece at the most where axes change places; tiles are cut from it."""
 
 Array = npt.NDArray[Any]
 Range = tuple[int, int]
@@ -74,14 +76,16 @@ class Tensor(ABC):
         """The elements in C order as 1-D contiguous pieces of at most `limit` bytes (one element at the least)."""
         if self.size == 0:
             return
-        if self.nbytes <= WHOLE and not self.streams:
-            whole = self.block([(0, n) for n in self.shape])
-            for ranges in _c_order_blocks(self.shape, max(1, limit // self.dtype.itemsize)):
-                piece = whole[tuple(slice(a, b) for a, b in ranges)]
-                yield _contiguous(piece)
-        else:
-            for ranges in _c_order_blocks(self.shape, max(1, limit // self.dtype.itemsize)):
+        elements = max(1, limit // self.dtype.itemsize)
+        if self.streams:
+            for ranges in _c_order_blocks(self.shape, elements):
                 yield _contiguous(self.block(ranges))
+        else:
+            yield from _ahead(self._rearranged(elements))
+
+    def _rearranged(self, elements: int) -> Iterator[Array]:
+        for ranges in _c_order_blocks(self.shape, max(elements, WHOLE // self.dtype.itemsize)):
+            yield from _cut(self.block(ranges), elements)
 
     def permute(self, order: Sequence[int]) -> Tensor:
         """Axes in another order, as `numpy.transpose`."""
@@ -106,6 +110,26 @@ class Tensor(ABC):
         """Elements converted, as `numpy.astype`."""
         wanted = np.dtype(dtype)
         return self if wanted == self.dtype else _Cast(self, wanted)
+
+
+def _cut(block: Array, elements: int) -> Iterator[Array]:
+    for ranges in _c_order_blocks(block.shape, elements):
+        yield _contiguous(block[tuple(slice(a, b) for a, b in ranges)])
+
+
+def _ahead(tiles: Iterator[Array]) -> Iterator[Array]:
+    """The same tiles, the next one already in the making while one is used."""
+    first = next(tiles)
+    second = next(tiles, None)
+    yield first
+    if second is None:
+        return
+    with ThreadPoolExecutor(1) as pool:
+        upcoming: Future[Array | None] = pool.submit(next, tiles, None)
+        yield second
+        while (tile := upcoming.result()) is not None:
+            upcoming = pool.submit(next, tiles, None)
+            yield tile
 
 
 def _contiguous(piece: Array) -> Array:
@@ -196,12 +220,16 @@ class Stored(Tensor):
             strided = np.ndarray(shape, self._stored_dtype, flat, (start - low) * item, byte_strides)
             return strided if self._stored_dtype == self.dtype else strided.astype(self.dtype)
         outer = max(range(len(shape)), key=lambda axis: abs(self.strides[axis]) if shape[axis] > 1 else -1)
+        # Gaps between the wanted elements are read along with them unless they are most of it.
+        dense = 8 * math.prod(shape) >= span
+        step = max(1, TILE // (abs(self.strides[outer]) * item)) if dense else 1
         out = np.empty(shape, self.dtype)
         slot: list[slice | int] = [slice(None)] * len(shape)
         inner = list(ranges)
-        for i in range(shape[outer]):
-            slot[outer] = slice(i, i + 1)
-            inner[outer] = (ranges[outer][0] + i, ranges[outer][0] + i + 1)
+        for i in range(0, shape[outer], step):
+            stop = min(i + step, shape[outer])
+            slot[outer] = slice(i, stop)
+            inner[outer] = (ranges[outer][0] + i, ranges[outer][0] + stop)
             out[tuple(slot)] = self.block(inner)
         return out
 
@@ -237,7 +265,7 @@ def from_array(array: npt.ArrayLike) -> Tensor:
 
 
 class Computed(Tensor):
-    """A tensor whose values a rule computes, whole, when they are first asked for, and keeps until it is dropped."""
+    """A tensor whose values a rule computes, whole, each time that a block is asked for; nothing of it is kept."""
 
     def __init__(self, shape: Sequence[int], dtype: npt.DTypeLike, compute: Callable[[], Array]) -> None:
         self.shape = tuple(shape)
@@ -248,6 +276,35 @@ class Computed(Tensor):
         whole = self._compute()
         assert whole.shape == self.shape and whole.dtype == self.dtype, (whole.shape, self.shape, whole.dtype)
         return whole[tuple(slice(a, b) for a, b in ranges)]
+
+
+class Witnessed(Tensor):
+    """A tensor that remembers the CRC-32 of its elements when they have been streamed once."""
+
+    def __init__(self, base: Tensor) -> None:
+        self._base = base
+        self.shape = base.shape
+        self.dtype = base.dtype
+        self.streams = base.streams
+        self._crc: int | None = None
+
+    def block(self, ranges: Sequence[Range]) -> Array:
+        return self._base.block(ranges)
+
+    def tiles(self, limit: int = TILE) -> Iterator[Array]:
+        crc = 0
+        for tile in self._base.tiles(limit):
+            crc = zlib.crc32(tile.view(np.uint8).data, crc)
+            yield tile
+        self._crc = crc
+
+    def crc(self) -> int:
+        """The CRC-32 of the elements, C order, in the machine's byte order."""
+        if self._crc is None:
+            for _ in self.tiles():
+                pass
+        assert self._crc is not None
+        return self._crc
 
 
 class _Permuted(Tensor):
