@@ -5,15 +5,18 @@
 >>> [(layer.path, list(layer.tensors)) for layer in model.layers]
 [('encoder.fc', ['kernel', 'bias']), ('', ['step'])]
 
-An `.npz` that neutral wrote names its arrays `<layer>/<role>`, each in the archive's own layout. In a foreign one a name
-without `/` is a tensor of the model itself. No array says what kind of layer it belongs to.
+An `.npz` that neutral wrote names its arrays `<layer>/<role>`, each in canonical layout, and says in the zip's comment
+what kinds of layers they belong to. In a foreign one a name without `/` is a tensor of the model itself, and nothing
+says what kind of layer it belongs to.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +24,10 @@ import numpy.typing as npt
 from neutral.containers.files import SourceFile
 from neutral.containers.npz import EXTENSIONS, read_npz
 from neutral.containers.zip import ZipSource
+from neutral.conventions.npz_layers import read_comment
 from neutral.errors import BadFile, Problem, WrongUsage
 from neutral.native import NativeLayer, NativeModel, NativeTensor, from_array
+from neutral.schema.kinds import KINDS, Layer
 
 
 def read(source: Path, *, key: str | None = None) -> NativeModel:
@@ -31,14 +36,37 @@ def read(source: Path, *, key: str | None = None) -> NativeModel:
         raise WrongUsage(Problem(str(source), f"the key {key!r}", "none", "an .npz holds one set of arrays"))
     file = SourceFile(source)
     try:
-        tensors = read_npz(ZipSource(file))
+        zipped = ZipSource(file)
+        tensors = read_npz(zipped)
         if not tensors:
             raise BadFile(Problem(str(source), "no array", "at least one", "is this a file of weights?"))
     except BaseException:
         file.close()
         raise
-    layers = _layers({name: NativeTensor(name, data) for name, data in tensors.items()})
-    return NativeModel(framework="numpy", format="npz", layers=layers, close=file.close)
+    described = read_comment(zipped.comment)
+    plain = _layers({name: NativeTensor(name, data) for name, data in tensors.items()})
+    layers = tuple(_told(layer, described.get(layer.path)) for layer in plain)
+    splits = {layer.path: _channels(described[layer.path]) for layer in layers if layer.cls is not None}
+    return NativeModel(framework="numpy", format="npz", layers=layers, splits=splits, close=file.close)
+
+
+def _told(layer: NativeLayer, told: Mapping[str, Any] | None) -> NativeLayer:
+    """A layer with the kind and settings that the file's comment gives it, if they make one."""
+    if told is None or told.get("kind") not in KINDS or told["kind"] == "unknown":
+        return layer
+    kind = KINDS[told["kind"]]
+    settings = {k: v for k, v in told.items() if k in kind.model_fields and k not in Layer.model_fields and k != "kind"}
+    try:
+        kind(path=layer.path, **settings)
+    except ValueError:
+        return layer
+    return replace(layer, cls=told["kind"], config=settings, evidence="class")
+
+
+def _channels(told: Mapping[str, Any]) -> dict[str, int]:
+    channels = told.get("channels")
+    found = channels.items() if isinstance(channels, Mapping) else ()
+    return {str(axis): n for axis, n in found if type(n) is int}
 
 
 def read_live(model: Mapping[str, npt.ArrayLike]) -> NativeModel:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,10 @@ import numpy.typing as npt
 from neutral.containers.files import SourceFile, new_file, refuse_same
 from neutral.containers.npz import replace_arrays, write_npz
 from neutral.containers.zip import ZipSource
+from neutral.conventions.npz_layers import write_comment
 from neutral.errors import Problem, Refused, Unsupported, raise_all
 from neutral.native import NativeModel, Tensor
+from neutral.schema.kinds import Layer
 
 if TYPE_CHECKING:
     from neutral.schema.manifest import Manifest
@@ -56,4 +58,14 @@ def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = Fa
     rank = {name: i for i, name in enumerate(manifest.source.order)} if manifest.source.framework == "numpy" else {}
     tensors = sorted(model.tensors(), key=lambda tensor: rank.get(tensor.name, len(rank)))
     with new_file(out, force) as file:
-        write_npz(file, ((tensor.name, tensor.data) for tensor in tensors))
+        write_npz(file, ((tensor.name, tensor.data) for tensor in tensors), write_comment(_described(manifest)))
+
+
+def _described(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """What the arrays alone do not say of their layers: kind, settings, axes that cross a Flatten."""
+    found: dict[str, dict[str, Any]] = {}
+    for layer in manifest.layers:
+        if layer.kind != "unknown" and not layer.undecided:
+            settings = layer.model_dump(mode="json", exclude_none=True, exclude=set(Layer.model_fields))
+            found[layer.path] = {**settings, "channels": layer.channels}
+    return found

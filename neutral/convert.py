@@ -236,7 +236,7 @@ def _canonical(
     flatten: Mapping[str, Mapping[str, int]] | None,
 ) -> Contents:
     pairs = read_layers(native, framework.convention(), kinds=kinds, flatten=flatten)
-    layers = tuple(layer for _, found in pairs for layer in found)
+    layers = tuple(layer for _, found in pairs for layer in found if layer.tensors)
     if not any(layer.weights for layer in layers):
         raise BadFile(
             Problem(

@@ -189,15 +189,18 @@ def _refuse(source: ZipSource, found: str, expected: str, do: str = "") -> NoRet
     raise BadFile(Problem(str(source.file.path), found, expected, do))
 
 
-def write_npz(out: BinaryIO, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write arrays in the order given. The same tensors give the same bytes; elements lie at multiples of 64."""
+def write_npz(out: BinaryIO, tensors: Iterable[tuple[str, Tensor]], comment: bytes = b"") -> None:
+    """Write arrays in the order given. The same tensors give the same bytes; elements lie at multiples of 64.
+
+    `comment` becomes the zip's comment, which numpy does not look at.
+    """
     named = list(tensors)
     extensions = {name: tensor.dtype.name for name, tensor in named if tensor.dtype.name in EXTENSIONS}
     if extensions:
         text = json.dumps(extensions, sort_keys=True, separators=(",", ":")).encode()
         named.append((DTYPES_MEMBER, from_array(np.frombuffer(text, np.uint8))))
     raise_all(Refused, _unwritable(named, DTYPES_MEMBER if extensions else ""))
-    write_zip(out, (_new_member(name, tensor) for name, tensor in named))
+    write_zip(out, (_new_member(name, tensor) for name, tensor in named), comment)
 
 
 def _unwritable(named: Iterable[tuple[str, Tensor]], reserved: str) -> Iterator[Problem]:

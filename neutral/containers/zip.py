@@ -128,6 +128,11 @@ class ZipSource:
         self._inflated: OrderedDict[str, Storage] = OrderedDict()
         self._progress: dict[str, _Progress] = {}
 
+    @property
+    def comment(self) -> bytes:
+        """The archive's comment."""
+        return self._end.comment
+
     def open(self, name: str) -> Storage:
         """A member's content. Reading it from start to end, or reading it out of order, checks its CRC."""
         member = self._member(name)
@@ -554,8 +559,10 @@ def _descriptor_length(after: bytes, crc: int, compressed: int, size: int) -> in
 # Writing
 
 
-def write_zip(out: BinaryIO, members: Iterable[NewMember]) -> None:
+def write_zip(out: BinaryIO, members: Iterable[NewMember], comment: bytes = b"") -> None:
     """Write a zip of stored members, all dated 1980-01-01, zip64 only where needed. `out` must be seekable.
+
+    `comment` is the archive's own, of at most 65535 bytes.
 
     CRCs are put into the local headers afterwards, so there are no data descriptors.
     """
@@ -604,7 +611,7 @@ def write_zip(out: BinaryIO, members: Iterable[NewMember]) -> None:
         directory += name + wide
     start = out.tell() - base
     out.write(directory)
-    out.write(_pack_end(start, len(directory), len(names)))
+    out.write(_pack_end(start, len(directory), len(names), comment=comment))
 
 
 def _padding(start: int, align: int) -> bytes:
