@@ -22,8 +22,8 @@ from typing import Any, BinaryIO, Self
 
 from neutral.canonical import CROSSING, HEADED, CanonicalLayer, CanonicalTensor, fine_axes
 from neutral.containers.elements import element_bytes
-from neutral.containers.files import SourceFile, new_file
-from neutral.containers.safetensors import Entry, dtype_code, header_bytes, read_header, stored
+from neutral.containers.files import SourceFile, check_output, leads_outside, new_file, new_files
+from neutral.containers.safetensors import dtype_code, header_bytes, open_safetensors, read_header
 from neutral.errors import BadFile, Problem, Refused, printable, raise_all
 from neutral.native import NativeTensor, Tensor
 from neutral.schema.graph import Graph
@@ -32,6 +32,7 @@ from neutral.schema.manifest import FORMAT_VERSION, Loss, Manifest, Source
 
 KEY = "neutral"
 SUFFIX = ".nwt"
+INDEX_SUFFIX = ".nwt.index.json"
 _NO_DIGEST = "0" * 64
 
 Progress = Callable[[int, int], None]
@@ -358,8 +359,13 @@ def write_archive(
     force: bool = False,
     progress: Progress | None = None,
     source_digest: Callable[[], str] | None = None,
-) -> Manifest:
-    """Write an archive in one pass and give its manifest. `source_digest` runs beside the writing."""
+    shard_bytes: int | None = None,
+) -> Path:
+    """Write an archive in one pass; gives the path to open it by. `source_digest` runs beside the writing.
+
+    With `shard_bytes` the tensors go into files `<stem>-00001-of-0000N.nwt` of about that size, and the manifest into
+    `<stem>.nwt.index.json` beside them, which is the path given back.
+    """
     grouped = _items(contents.layers)
     tensors = _stored(contents, grouped)
     unwritable = [
@@ -369,20 +375,71 @@ def write_archive(
     ]
     if unwritable:
         raise Refused(*unwritable)
-    specs = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(source_digest) if source_digest is not None else None
         if pending is not None:
             contents = replace(contents, source=contents.source.model_copy(update={"sha256": _NO_DIGEST}))
+
+        def finished(found: Mapping[str, str]) -> str:
+            source = contents.source
+            if pending is not None:
+                source = source.model_copy(update={"sha256": pending.result()})
+            return _manifest(replace(contents, source=source), grouped, found).to_json()
+
+        if shard_bytes is not None:
+            return _write_shards(tensors, path, shard_bytes, finished, force, progress)
+        specs = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
         with new_file(path, force) as out:
             first = header_bytes(specs, {KEY: _manifest(contents, grouped, {}).to_json()})
             out.write(first)
             found = digests(tensors.items(), progress, out.write)
-            if pending is not None:
-                contents = replace(contents, source=contents.source.model_copy(update={"sha256": pending.result()}))
-            manifest = _manifest(contents, grouped, found)
-            _rewrite_header(out, first, header_bytes(specs, {KEY: manifest.to_json()}))
-    return manifest
+            _rewrite_header(out, first, header_bytes(specs, {KEY: finished(found)}))
+    return path
+
+
+def _write_shards(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    shard_bytes: int,
+    finished: Callable[[Mapping[str, str]], str],
+    force: bool,
+    progress: Progress | None,
+) -> Path:
+    shards = _sharded(tensors, shard_bytes)
+    stem = path.name.removesuffix(SUFFIX)
+    names = [f"{stem}-{i:05d}-of-{len(shards):05d}{SUFFIX}" for i in range(1, len(shards) + 1)]
+    index = path.with_name(f"{stem}{INDEX_SUFFIX}")
+    for name in (*names, index.name):
+        check_output(path.with_name(name), force)
+    found: dict[str, str] = {}
+    total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
+    with new_files(path.parent, [*names, index.name], force) as made:
+        for name, shard in zip(names, shards, strict=True):
+            specs = [(tensor_name, tensor.dtype, tensor.shape) for tensor_name, tensor in shard.items()]
+            before = done
+            step = None if progress is None else lambda here, _, so_far=before: progress(so_far + here, total)
+            with new_file(made / name) as out:
+                out.write(header_bytes(specs, {}))
+                found |= digests(shard.items(), step, out.write)
+            done += sum(tensor.nbytes for tensor in shard.values())
+        where = {tensor_name: name for name, shard in zip(names, shards, strict=True) for tensor_name in shard}
+        content = {"metadata": {KEY: finished(found)}, "weight_map": where}
+        with new_file(made / index.name) as out:
+            out.write(json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+    return index
+
+
+def _sharded(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
+    """Tensors in order, in groups of at most `shard_bytes`, at least one in each."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
 
 
 def _rewrite_header(out: BinaryIO, first: bytes, final: bytes) -> None:
@@ -416,34 +473,32 @@ def is_archive(path: Path) -> bool:
 
 
 def open_archive(path: str | os.PathLike[str]) -> Archive:
-    """Open an archive; its structure is verified, its elements are read when asked for.
+    """Open an archive, or a set of shards by its index; structure is verified, elements are read when asked for.
 
     Raises `BadFile` for all that is not exactly an archive of a known version.
     """
     where = Path(path)
-    file = SourceFile(where)
+    opened = open_safetensors(where)
     try:
-        header = read_header(file)
-        text = header.metadata.get(KEY)
-        if text is None or len(header.metadata) != 1:
-            raise BadFile(
-                Problem(
-                    str(where),
-                    f"metadata {sorted(header.metadata)}",
-                    f"the one key {KEY!r}",
-                    "give an archive that neutral wrote",
-                )
-            )
+        metadata = opened.metadata if opened.index is None else _index_metadata(opened.index)
+        text = metadata.get(KEY)
+        if not isinstance(text, str) or len(metadata) != 1:
+            found = f"metadata {sorted(metadata)}"
+            raise BadFile(Problem(str(where), found, f"the one key {KEY!r}", "give an archive that neutral wrote"))
         _check_version(where, text)
         manifest = Manifest.from_json(text, str(where))
-        tensors: dict[str, Tensor] = {entry.name: stored(file, entry) for entry in header.entries}
-        _check_structure(where, manifest, header.entries)
-        contents = _contents(manifest, tensors)
+        _check_structure(where, manifest, opened.tensors)
+        contents = _contents(manifest, opened.tensors)
         raise_all(BadFile, list(_axis_problems(where, manifest, contents.layers))[:20])
-        return Archive(manifest, contents, tensors, file.close, where)
+        return Archive(manifest, contents, opened.tensors, opened.close, where)
     except BaseException:
-        file.close()
+        opened.close()
         raise
+
+
+def _index_metadata(index: Path) -> dict[str, Any]:
+    metadata = json.loads(index.read_bytes()).get("metadata")
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _check_version(where: Path, text: str) -> None:
@@ -462,12 +517,11 @@ def _check_version(where: Path, text: str) -> None:
         )
 
 
-def _check_structure(where: Path, manifest: Manifest, entries: Sequence[Entry]) -> None:
+def _check_structure(where: Path, manifest: Manifest, header: Mapping[str, Tensor]) -> None:
     """Manifest and header must describe the same tensors."""
     pairs = [*manifest.parameters(), *_collected(manifest)]
     listed = dict(pairs)
     mine = {name: p for name, p in listed.items() if p.tied_to is None}
-    header = {entry.name: entry for entry in entries}
     problems = [
         Problem(f"{where}: {name}", "two parameters of this name", "one") for name in _twice(name for name, _ in pairs)
     ]
@@ -489,6 +543,11 @@ def _check_structure(where: Path, manifest: Manifest, entries: Sequence[Entry]) 
                 )
             )
     for name, parameter in listed.items():
+        problems += [
+            Problem(f"{where}: {n}", "a name that leads out of a folder", "a plain name")
+            for n in dict.fromkeys((name, *parameter.native.values()))
+            if leads_outside(n.removeprefix("@"))
+        ]
         if len(parameter.axes) != len(parameter.shape):
             problems.append(
                 Problem(f"{where}: {name}", f"{len(parameter.axes)} axes", f"{len(parameter.shape)}, one per size")

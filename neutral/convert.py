@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from neutral import frameworks
 from neutral.archive import (
+    INDEX_SUFFIX,
     SUFFIX,
     Archive,
     Contents,
@@ -44,7 +45,7 @@ from neutral.canon import (
     source_binding,
 )
 from neutral.canonical import CanonicalLayer, CanonicalTensor
-from neutral.containers.files import check_output, refuse_same
+from neutral.containers.files import check_output, leads_outside, refuse_same
 from neutral.conventions.forms import Convention
 from neutral.errors import BadFile, NeutralError, Problem, Refused, Unsupported, WrongUsage, raise_all
 from neutral.frameworks import ARCHIVE, FRAMEWORKS, Framework
@@ -87,6 +88,7 @@ def export_model(
     flatten: Mapping[str, str] | None = None,
     force: bool = False,
     created: str | None = None,
+    shard_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Archive:
     """Read a model into an archive, in memory or, with `path`, in a file.
@@ -98,7 +100,8 @@ def export_model(
     arrays. `format` names what the source is where its content does not say. `key` chooses one of several sets of
     weights in a checkpoint. `kinds` maps globs on layer paths to kinds. `flatten` names every layer that crosses a
     Flatten, with its channels as text (`16` in front of it, `:8` of a Reshape behind it, `16:8` both); an empty mapping
-    says that none does. Elements are read when the archive is written or asked for; close the archive after use.
+    says that none does. `shard_bytes` splits the archive into files of about that size. Elements are read when the
+    archive is written or asked for; close the archive after use.
 
     Raises `BadFile` for a broken or hostile source, `Refused` where something would have to be guessed.
     """
@@ -123,12 +126,14 @@ def export_model(
         if where is not None:
             refuse_same(out, where)
         digest = (lambda: file_digest(where)) if where is not None and contents.source.sha256 is None else None
-        write_archive(contents, out, force=force, progress=progress, source_digest=digest)
+        written = write_archive(
+            contents, out, force=force, progress=progress, source_digest=digest, shard_bytes=shard_bytes
+        )
     except BaseException:
         close()
         raise
     close()
-    return open_archive(out)
+    return open_archive(written)
 
 
 def _is_archive(where: Path) -> bool:
@@ -284,6 +289,12 @@ def _check_paths(layers: Sequence[CanonicalLayer]) -> None:
             )
         if not layer.path.strip(".") and layer.path != "":
             problems.append(Problem(repr(layer.path), "a layer without a name", "a name", "rename it in the source"))
+        names = (layer.path, *layer.tensors, *(name for t in layer.tensors.values() for name in t.native.values()))
+        problems += [
+            Problem(name, "a name that leads out of a folder", "a plain name", "rename it in the source")
+            for name in dict.fromkeys(names)
+            if leads_outside(name)
+        ]
         seen.add(layer.path)
     raise_all(Refused, problems)
 
@@ -497,7 +508,7 @@ def _default_output(contents: Contents, where: Path | None, to: str | None, temp
     """The archive's stem with the template's suffix, or with the framework's usual one."""
     if where is None:
         raise WrongUsage(Problem("out", "no output named", "a path", "name the file to write"))
-    stem = where.name.removesuffix(SUFFIX)
+    stem = where.name.removesuffix(INDEX_SUFFIX).removesuffix(SUFFIX)
     if template is not None:
         suffix = ".weights.h5" if template.name.endswith(".weights.h5") else template.suffix
         return where.with_name(stem + suffix)
@@ -860,7 +871,11 @@ def _build(contents: Contents, framework: Framework, target: Path, journey: _Jou
     convention = framework.convention()
     origin = FRAMEWORKS[contents.source.framework].convention()
     manifest = _manifest_of(contents)
-    if _same_family(origin, convention) and not _rebuilt(contents, target) and not _classes_missing(contents, framework):
+    if (
+        _same_family(origin, convention)
+        and not _rebuilt(contents, target)
+        and not _classes_missing(contents, framework)
+    ):
         native = _native_model(contents, framework)
     elif framework.name == "numpy":
         native = _numpy_model(contents, framework, origin, journey)

@@ -14,10 +14,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -134,6 +135,18 @@ class Memory:
                 Problem("memory", f"{len(buffer)} bytes at byte {offset}", f"a part of {len(self.data)} bytes")
             )
         buffer[:] = memoryview(self.data)[offset : offset + len(buffer)]
+
+
+_OUTWARD = re.compile(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^[A-Za-z]:[/\\]")
+
+
+def leads_outside(name: str) -> bool:
+    """Whether a name, taken for a path by whoever unpacks a file, would lead out of the folder.
+
+    >>> leads_outside("encoder/../../x"), leads_outside("/x"), leads_outside("a..b/c")
+    (True, True, False)
+    """
+    return _OUTWARD.search(name) is not None
 
 
 def check_output(path: Path, force: bool) -> None:
@@ -257,6 +270,25 @@ def new_folder(path: str | os.PathLike[str], force: bool = False) -> Iterator[Pa
         raise Refused(
             Problem(str(target), f"{error.strerror or error}", "to write it", "nothing was left behind")
         ) from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_files(folder: Path, names: Sequence[str], force: bool = False) -> Iterator[Path]:
+    """A folder to write several files into, which move to `folder` in the order of `names` when the block ends well."""
+    try:
+        hidden = Path(tempfile.mkdtemp(prefix=".neutral.", suffix=".tmp", dir=folder))
+    except OSError as error:
+        raise Refused(
+            Problem(str(folder), f"{error.strerror}", "to write into it", "nothing was left behind")
+        ) from None
+    try:
+        yield hidden
+        for name in names:
+            check_output(folder / name, force)
+            (hidden / name).replace(folder / name)
+        _sync_folder(folder)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
 
