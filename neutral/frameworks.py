@@ -193,7 +193,8 @@ def detect(path: str | os.PathLike[str]) -> tuple[str, str]:
             return "torch", "pt-legacy"
         if head[257:262] == b"ustar" or (file.size >= 512 and file.read(257, 5) == b"ustar"):
             return "torch", "pt-legacy"
-        if head.lstrip()[:1] == b"{":
+        # The length of a safetensors header may begin with the byte of a brace, too; it ends with a zero.
+        if head[7:9] != b"\0{" and head.lstrip()[:1] == b"{":
             return _detect_json(where)
         if len(head) > 8 and head[8:].lstrip()[:1] == b"{":
             from neutral.archive import is_archive
