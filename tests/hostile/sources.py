@@ -1,0 +1,40 @@
+"""A row of a table of hostile files, and every command that must refuse it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.hostile.commands import Commands, refused
+
+
+@dataclass(frozen=True)
+class Row:
+    """A hostile file: how it is made from good ones in a folder, and a word that its refusal must say.
+
+    `as_template` is False where the fault is in elements that an import replaces without reading them, or in names that
+    it leaves as they are; a `slow` row is given to one command of each sort.
+    """
+
+    name: str
+    make: Callable[[Path, Path], Path]
+    says: str = ""
+    as_template: bool = True
+    slow: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def every_command(row: Row, run: Commands, good: Path, folder: Path, suffix: str) -> None:
+    """Each command that reads a model refuses the row's file, as what it reads and as its template."""
+    source = row.make(good, folder).relative_to(folder)
+    refused(run, folder, ["export", source, "out.nwt"], row.says)
+    if not row.slow:
+        refused(run, folder, ["show", source], row.says)
+        refused(run, folder, ["digest", source], row.says)
+        refused(run, folder, ["diff", source, good / "model.nwt"], row.says, status=2)
+        refused(run, folder, ["convert", source, "out.npz"], row.says)
+    if row.as_template:
+        refused(run, folder, ["import", good / "model.nwt", "--into", source, "-o", f"out{suffix}"], row.says)
