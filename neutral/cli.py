@@ -410,7 +410,7 @@ def _verify(
     tolerance: Annotated[float, typer.Option("--tolerance", help="Largest difference that counts as the same.")] = 1e-5,
 ) -> int:
     """Run both models on the same random input and compare what comes out."""
-    from neutral.verify import verify
+    from neutral.convert import verify
 
     screen: Screen = ctx.obj
     outcome = verify(a, b, input_shape=_shape(input_shape), seed=seed, tolerance=tolerance)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neutral.errors import printable
+from neutral.errors import Problem, Refused, WrongUsage, printable
+from neutral.running import Array, Port, Runnable, framework_errors
+from neutral.schema.graph import Graph
 from neutral.schema.kinds import Layer, Parameter
+from neutral.schema.manifest import Manifest
+from neutral.schema.shapes import solve_inputs, token_limits
 
 if TYPE_CHECKING:
     from neutral.archive import Archive
@@ -105,3 +111,273 @@ def _distance(a: Archive, b: Archive, left: str, right: str) -> str:
             gap = np.abs(x.astype(wide) - y.astype(wide))
         largest = max(largest, float(np.nanmax(gap, initial=0.0)))
     return f"{count} of {total} elements differ, by {largest:.3g} at the most"
+
+
+# What two models compute.
+
+_BATCH = 2
+_ROWS = 2
+"""How many numbers an integer input may hold if no table says it: a flag is the least that one can be."""
+
+Shape = tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Whether two models compute the same: the largest difference of an output, and what was run on what."""
+
+    same: bool
+    max_difference: float
+    lines: tuple[str, ...]
+
+
+def compare(
+    a: Runnable,
+    b: Runnable,
+    *,
+    input_shape: Sequence[int] | None = None,
+    seed: int = 0,
+    tolerance: float = 1e-5,
+) -> Verification:
+    """Run both models on one random input and compare what comes out.
+
+    The input is made once, with channels first. A model that keeps channels last (Keras, TensorFlow) gets it transposed,
+    and its output is transposed back: where the graph of one of the two says (batch, channel, ...), and, if neither has
+    a graph, where a value has four axes or more. Sizes that neither model fixes are the first that all layers of a graph
+    can take; `input_shape` (channels first, with the batch) goes before them. Inputs of models that name them alike
+    belong together by name, else by order. Inputs that are looked up in tables are row numbers.
+
+    Models that take other shapes, or give others, are different. So are models of whose outputs none is a finite number.
+    """
+    lines = [f"A: {a.where}", f"B: {b.where}"]
+    inputs = _inputs(a, b, input_shape)
+    if isinstance(inputs, str):
+        return Verification(False, math.inf, (*lines, inputs))
+    arrays = _random(inputs, np.random.default_rng(seed))
+    lines += [f"input {printable(i.name)}: {_kind_of(i)} {i.shape}" for i in inputs]
+    left, right = (_outputs(side, arrays, inputs, which) for which, side in enumerate((a, b)))
+    if len(left) != len(right):
+        return Verification(False, math.inf, (*lines, f"A gives {len(left)} outputs, B gives {len(right)}"))
+    if not left:
+        raise Refused(Problem(a.where, "no output", "one at least"))
+    largest = 0.0
+    for i, (x, y) in enumerate(zip(*_channels_first(a, b, left, right), strict=True)):
+        gap = _gap(x, y)
+        largest = max(largest, gap)
+        if x.shape != y.shape:
+            lines.append(f"output {i}: A gives {x.shape}, B gives {y.shape}")
+        else:
+            lines.append(f"output {i}: {x.shape}, values {_range(x)}, largest difference {gap:.3g}")
+    return Verification(largest <= tolerance, largest, tuple(lines))
+
+
+@dataclass(frozen=True)
+class _Input:
+    """One input of both models: its shape with channels first, and which input of each model it is.
+
+    `rows`: it holds whole numbers below this. `moved`: whether A and B have the channels of it last.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rows: int | None
+    places: tuple[int, int]
+    moved: tuple[bool, bool]
+
+
+def _inputs(a: Runnable, b: Runnable, given: Sequence[int] | None) -> list[_Input] | str:
+    """The inputs that both models take, or why there are none."""
+    ours, theirs = a.inputs, b.inputs
+    if ours is None and theirs is None:
+        if given is None:
+            raise Refused(
+                Problem(
+                    a.where, "an input of unknown shape", "to know it", "name it with --input-shape, channels first"
+                )
+            )
+        ours = theirs = (Port("input", (None,) * len(given), "float32"),)
+    ours, theirs = ours or theirs or (), theirs or ours or ()
+    if len(ours) != len(theirs):
+        return f"A takes {len(ours)} inputs, B takes {len(theirs)}"
+    if given is not None and len(ours) != 1:
+        raise WrongUsage(
+            Problem("--input-shape", "one shape", f"{len(ours)}, as many as there are inputs", "leave it out")
+        )
+    by_name = {port.name: i for i, port in enumerate(theirs)}
+    named = by_name.keys() == {port.name for port in ours}
+    pairs = [(i, by_name[port.name] if named else i) for i, port in enumerate(ours)]
+    moved = [_moved(a, b, ours[i].axes, theirs[j].axes, len(ours[i].shape)) for i, j in pairs]
+    merged: list[Shape] = []
+    for (i, j), (left, right) in zip(pairs, moved, strict=True):
+        x, y = _first(ours[i].shape, left), _first(theirs[j].shape, right)
+        both = _merged(x, y)
+        if both is None:
+            return f"input {printable(ours[i].name)}: A takes {_shown(x)}, B takes {_shown(y)}"
+        if given is not None:
+            asked = _merged(both, tuple(given))
+            if asked is None:
+                raise Refused(Problem("--input-shape", f"{tuple(given)}", f"{_shown(both)}, which the models take"))
+            both = asked
+        merged.append(both)
+    shapes = _solved(a, b, merged, pairs, moved)
+    found = []
+    for (i, j), shape, both_moved in zip(pairs, shapes, moved, strict=True):
+        rows = [n for n in (_rows(a, i), _rows(b, j)) if n is not None]
+        whole = bool(rows) or any(port.dtype.startswith(("int", "uint")) for port in (ours[i], theirs[j]))
+        limit = min(rows, default=_ROWS) if whole else None
+        found.append(_Input(ours[i].name, shape, limit, (i, j), both_moved))
+    return found
+
+
+def _moved(
+    a: Runnable, b: Runnable, ours: Sequence[str] | None, theirs: Sequence[str] | None, rank: int
+) -> tuple[bool, bool]:
+    """Whether A and B have the channel axis of a value last that is to have it first."""
+    known = [axes for axes in (ours, theirs) if axes is not None]
+    image = any(axes[1:2] == ("channel",) for axes in known) if known else rank >= 4
+    image = image and rank >= 3
+    return image and a.last, image and b.last
+
+
+def _first(shape: Shape, moved: bool) -> Shape:
+    return (shape[0], shape[-1], *shape[1:-1]) if moved else shape
+
+
+def _last(shape: Shape) -> Shape:
+    return (shape[0], *shape[2:], shape[1])
+
+
+def _whole(shape: Shape) -> tuple[int, ...]:
+    return tuple(n for n in shape if n is not None)
+
+
+def _merged(x: Shape, y: Shape) -> Shape | None:
+    """What both say of a shape, or None if they contradict each other."""
+    if len(x) != len(y) or any(m is not None and n is not None and m != n for m, n in zip(x, y, strict=True)):
+        return None
+    return tuple(n if m is None else m for m, n in zip(x, y, strict=True))
+
+
+def _shown(shape: Shape) -> str:
+    return f"({', '.join('?' if n is None else str(n) for n in shape)})"
+
+
+def _solved(
+    a: Runnable,
+    b: Runnable,
+    shapes: list[Shape],
+    pairs: list[tuple[int, int]],
+    moved: list[tuple[bool, bool]],
+) -> list[tuple[int, ...]]:
+    """The shapes without unknown sizes."""
+    shapes = [(_BATCH if shape[0] is None else shape[0], *shape[1:]) if shape else shape for shape in shapes]
+    if all(None not in shape for shape in shapes):
+        return [_whole(shape) for shape in shapes]
+    first: Refused | None = None
+    for which, side in enumerate((a, b)):
+        names = _graph_names(side)
+        if names is None or side.manifest is None or side.manifest.graph is None:
+            continue
+        graph = side.manifest.graph
+        mine = [names[pair[which]] for pair in pairs]
+        # A graph that has the channels of a moved value last has it as the framework does.
+        turned = [
+            m[which] and graph.values[name].axes[1:2] != ("channel",) for name, m in zip(mine, moved, strict=True)
+        ]
+        told = {name: _last(shape) if t else shape for name, shape, t in zip(mine, shapes, turned, strict=True)}
+        try:
+            found = solve_inputs(_told(side.manifest, graph, told))
+        except Refused as error:
+            first = first or error
+            continue
+        return [_whole(_first(found[name], t)) for name, t in zip(mine, turned, strict=True)]
+    unknown = ", ".join(_shown(shape) for shape in shapes)
+    do = "name it with --input-shape, channels first" if len(shapes) == 1 else "pass models that say their input sizes"
+    raise first or Refused(Problem(a.where, f"an input {unknown} of which no graph tells the sizes", "all sizes", do))
+
+
+def _told(manifest: Manifest, graph: Graph, shapes: Mapping[str, Shape]) -> Manifest:
+    """The manifest with these input shapes, in the order of the graph's own axes."""
+    values = dict(graph.values)
+    for name, shape in shapes.items():
+        if len(values[name].axes) != len(shape):
+            raise Refused(Problem(name, f"an input {_shown(shape)}", f"the axes {', '.join(values[name].axes)}"))
+        values[name] = values[name].model_copy(update={"shape": shape})
+    return manifest.model_copy(update={"graph": graph.model_copy(update={"values": values})})
+
+
+def _graph_names(side: Runnable) -> tuple[str, ...] | None:
+    """The graph's inputs in the order of the model's own."""
+    if side.manifest is None or side.manifest.graph is None:
+        return None
+    listed = side.manifest.graph.inputs
+    if side.inputs is None or len(side.inputs) != len(listed):
+        return None
+    own = tuple(port.name for port in side.inputs)
+    return own if set(own) == set(listed) else listed
+
+
+def _rows(side: Runnable, index: int) -> int | None:
+    """How many rows the tables have in which an input is looked up; None if it is not, or nobody knows."""
+    names = _graph_names(side)
+    if names is not None and side.manifest is not None:
+        return token_limits(side.manifest).get(names[index])
+    if side.manifest is None or side.inputs is None or not side.inputs[index].dtype.startswith(("int", "uint")):
+        return None
+    tables = [layer.parameters["embedding"] for layer in side.manifest.layers if layer.kind == "embedding"]
+    return min((table.shape[0] for table in tables), default=None)
+
+
+def _kind_of(given: _Input) -> str:
+    return "normal float32" if given.rows is None else f"int64 below {given.rows}"
+
+
+def _random(inputs: Sequence[_Input], random: np.random.Generator) -> list[Array]:
+    return [
+        random.standard_normal(i.shape).astype(np.float32)
+        if i.rows is None
+        else random.integers(0, max(i.rows, 1), i.shape, np.int64)
+        for i in inputs
+    ]
+
+
+def _outputs(side: Runnable, arrays: Sequence[Array], inputs: Sequence[_Input], which: int) -> list[Array]:
+    """What one of the models makes of the arrays, in its own order of axes."""
+    given = {
+        i.places[which]: np.ascontiguousarray(np.moveaxis(x, 1, -1)) if i.moved[which] else x
+        for i, x in zip(inputs, arrays, strict=True)
+    }
+    with framework_errors(side.where, f"running it on {', '.join(str(x.shape) for x in given.values())}"):
+        return side.run([given[place] for place in sorted(given)])
+
+
+def _channels_first(a: Runnable, b: Runnable, left: list[Array], right: list[Array]) -> tuple[list[Array], list[Array]]:
+    x, y = [], []
+    for i, (ours, theirs) in enumerate(zip(left, right, strict=True)):
+        moved = _moved(a, b, _axes_of(a, i), _axes_of(b, i), max(ours.ndim, theirs.ndim))
+        x.append(np.moveaxis(ours, -1, 1) if moved[0] and ours.ndim > 2 else ours)
+        y.append(np.moveaxis(theirs, -1, 1) if moved[1] and theirs.ndim > 2 else theirs)
+    return x, y
+
+
+def _axes_of(side: Runnable, output: int) -> Sequence[str] | None:
+    return side.outputs[output] if side.outputs is not None and output < len(side.outputs) else None
+
+
+def _gap(x: Array, y: Array) -> float:
+    """The largest difference; infinite for other shapes, and where not both are the same number that is not finite."""
+    if x.shape != y.shape:
+        return math.inf
+    wide = np.complex128 if "c" in (x.dtype.kind, y.dtype.kind) else np.float64
+    x, y = x.astype(wide), y.astype(wide)
+    finite = np.isfinite(x) & np.isfinite(y)
+    alike = np.isnan(x) & np.isnan(y) | (x == y)
+    if (x.size and not finite.any()) or not (finite | alike).all():
+        return math.inf
+    return float(np.abs(x[finite] - y[finite]).max(initial=0.0))
+
+
+def _range(x: Array) -> str:
+    if not x.size or x.dtype.kind == "c":
+        return "none" if not x.size else "complex"
+    return f"{np.min(x):.3g} to {np.max(x):.3g}"
