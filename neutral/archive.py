@@ -46,7 +46,7 @@ class Contents:
     source: Source
     graph: Graph | None = None
     ordered: bool = False
-    collections: Mapping[str, Sequence[NativeTensor]] = field(default_factory=dict)
+    collections: Mapping[str, tuple[NativeTensor, ...]] = field(default_factory=dict)
     losses: tuple[Loss, ...] = ()
     notes: tuple[str, ...] = ()
     created: str | None = None
@@ -460,7 +460,7 @@ def file_digest(path: Path) -> str:
 
 def _sha256(path: Path) -> str:
     with path.open("rb", buffering=0) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- reading ---

@@ -72,7 +72,7 @@ def fine_axes(layer: CanonicalLayer, tensor: CanonicalTensor) -> tuple[tuple[tup
 
     A dense kernel behind a Flatten is (out, channel, position), an attention's query kernel (head, dim, in).
     """
-    out = []
+    out: list[tuple[tuple[str, int], ...]] = []
     for axis, size in zip(tensor.axes, tensor.data.shape, strict=True):
         heads = layer.attributes.get(_HEADS[axis]) if layer.kind == "attention" and axis in _HEADS else None
         if axis in layer.channels and axis in CROSSING:

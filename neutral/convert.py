@@ -954,8 +954,8 @@ def _native_model(contents: Contents, framework: Framework) -> NativeModel:
                 if len(t.native) == 1
                 for local in t.native
             }
-            for local, tensor in written.tensors.items():
-                tensors[local] = NativeTensor(names[local], tensor, identities.get(local))
+            for local, data in written.tensors.items():
+                tensors[local] = NativeTensor(names[local], data, identities.get(local))
         for part in parts:
             for role, tensor in part.tensors.items():
                 if tensor.state or part.kind == "unknown":

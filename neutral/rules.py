@@ -1,6 +1,7 @@
 """Changes of values that no layout can say: a closed list, each declared exact or lossy.
 
->>> import numpy as np
+>>> import ml_dtypes
+import numpy as np
 >>> from neutral.native import from_array
 >>> both = add_zero_bias(from_array(np.array([1.0, 2.0])), axis=0)
 >>> both.read()
@@ -13,7 +14,7 @@ array([[1., 2.],
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,27 +134,29 @@ def spectral_norm_kernel(raw: Tensor, u: Tensor, v: Tensor, axis: int) -> Tensor
 _WITH_INFINITIES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
 
+_FINFO: Callable[[Any], Any] = ml_dtypes.finfo
+_IINFO: Callable[[Any], Any] = ml_dtypes.iinfo
+
+
 def widens(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
     """True if every value of one dtype is a value of the other.
 
     >>> widens(np.dtype("float16"), np.dtype("float32")), widens(np.dtype("int64"), np.dtype("float64"))
     (True, False)
     """
-    import ml_dtypes
-
     if source == target:
         return True
     if target.kind in "biu":
         return source.kind in "biu" and bool(np.can_cast(source, target, "safe"))
     if target.name not in _WITH_INFINITIES or (source.kind == "c" and target.kind != "c"):
         return False
-    goal = ml_dtypes.finfo(_component(target))
+    goal = _FINFO(_component(target))
     if source.kind == "b":
         return True
     try:
-        have = ml_dtypes.finfo(_component(source))
+        have = _FINFO(_component(source))
     except ValueError:  # integers, those of ml_dtypes too; numpy calls int64 -> float64 safe, which it is not
-        return int(ml_dtypes.iinfo(source).max) <= 2 ** (goal.nmant + 1)
+        return int(_IINFO(source).max) <= 2 ** (goal.nmant + 1)
     return bool(
         have.nmant <= goal.nmant
         and have.maxexp <= goal.maxexp
