@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from neutral.native import Computed, Tensor, from_array, stack
@@ -156,7 +157,7 @@ def widens(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
     try:
         have = _FINFO(_component(source))
     except ValueError:  # integers, those of ml_dtypes too; numpy calls int64 -> float64 safe, which it is not
-        return int(_IINFO(source).max) <= 2 ** (goal.nmant + 1)
+        return bool(_IINFO(source).max <= 2 ** (goal.nmant + 1))
     return bool(
         have.nmant <= goal.nmant
         and have.maxexp <= goal.maxexp
