@@ -255,6 +255,12 @@ def _export(
     key: Key = None,
     kind: Kind = None,
     flatten: Flatten = None,
+    shard_size: Annotated[
+        str | None,
+        typer.Option(
+            "--shard-size", metavar="SIZE", help="Split the archive into files of about this size: 500MB, 5GB."
+        ),
+    ] = None,
     force: Force = False,
 ) -> int:
     """Write a model's weights into an archive."""
@@ -264,10 +270,16 @@ def _export(
     with (
         screen.progress(f"export {source.name}") as progress,
         neutral.export_model(
-            source, out, **_reading(source_format, key, kind, flatten), force=force, progress=progress
+            source,
+            out,
+            **_reading(source_format, key, kind, flatten),
+            force=force,
+            shard_bytes=_size(shard_size),
+            progress=progress,
         ) as written,
     ):
         manifest = written.manifest
+        out = written.path or out
     screen.remark("note", report.open_questions(manifest))
     screen.remark("note", manifest.notes)
     screen.say(f"{printable(out)}: {report.summary(manifest)}, {time.monotonic() - started:.2f} s")
@@ -502,6 +514,18 @@ def _flatten(values: list[str] | None) -> dict[str, str] | None:
                 )
             )
     return pairs
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _size(text: str | None) -> int | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9][0-9]{0,14})\s*([A-Za-z]{0,3})", text, re.ASCII)
+    if found is None or found[2].upper() not in _UNITS:
+        raise WrongUsage(Problem("--shard-size", repr(text), "a size, as in 500MB or 5GB"))
+    return int(found[1]) * _UNITS[found[2].upper()]
 
 
 def _shape(text: str | None) -> tuple[int, ...] | None:
