@@ -322,7 +322,10 @@ def _rows(side: Runnable, index: int) -> int | None:
     names = _graph_names(side)
     if names is not None and side.manifest is not None:
         return token_limits(side.manifest).get(names[index])
-    if side.manifest is None or side.inputs is None or not side.inputs[index].dtype.startswith(("int", "uint")):
+    if side.manifest is None or side.inputs is None:
+        return None
+    # Keras declares the input of an Embedding as float unless it is told otherwise.
+    if len(side.inputs) > 1 and not side.inputs[index].dtype.startswith(("int", "uint")):
         return None
     tables = [layer.parameters["embedding"] for layer in side.manifest.layers if layer.kind == "embedding"]
     return min((table.shape[0] for table in tables), default=None)

@@ -163,6 +163,29 @@ def test_words_are_numbers_of_rows(tmp_path: Path) -> None:
     assert outcome.same and "int64 below 11 (2, 6)" in outcome.lines[2]
 
 
+def test_words_of_a_model_without_a_graph(tmp_path: Path) -> None:
+    layers = keras.layers
+    given = [keras.Input((None,)), layers.Embedding(9, 4, mask_zero=True), layers.GRU(3)]
+    model = randomized(keras.Sequential(given))
+    model.save(tmp_path / "a.keras")
+    model.export(tmp_path / "b", verbose=False)
+    with pytest.raises(Refused, match=r"of which no graph tells the sizes, .*--input-shape"):
+        verify(tmp_path / "a.keras", tmp_path / "b")
+    outcome = verify(tmp_path / "a.keras", tmp_path / "b", input_shape=(3, 7))
+    assert outcome.same and outcome.lines[2].endswith("int64 below 9 (3, 7)")
+
+
+def test_a_file_that_keras_cannot_load_any_more_is_rebuilt(tmp_path: Path) -> None:
+    import tf_keras
+
+    layers = tf_keras.layers
+    given = [tf_keras.Input((6, 7, 3)), layers.Conv2DTranspose(4, 3), layers.Flatten(), layers.Dense(2)]
+    tf_keras.Sequential(given).save(tmp_path / "old.h5")
+    neutral.convert(tmp_path / "old.h5", tmp_path / "new.pt2", to="torch")
+    outcome = verify(tmp_path / "old.h5", tmp_path / "new.pt2")
+    assert outcome.same and "rebuilt from its graph (TypeError" in outcome.lines[0]
+
+
 def test_double_precision_is_kept(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(5, 3)).double()
     torch.save(model, tmp_path / "a.pt")
