@@ -131,10 +131,14 @@ def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = Fa
 
     names = layer_names(manifest)
     layers = [replace(layer, path=names.get(layer.path, layer.path)) for layer in model.layers]
-    if out.name.endswith(".weights.h5"):
+    own = manifest.source.settings.get("config") if model.format == "h5" else None
+    if out.suffix in _LEGACY and not out.name.endswith(".weights.h5") and is_legacy(own):
+        with new_file(out, force) as file:
+            write_legacy(file, own, model.layers, str(manifest.source.settings.get("keras_version", KERAS_VERSION)))
+    elif out.name.endswith(".weights.h5"):
         with new_file(out, force) as file:
             write_weights(file, layers)
-    elif out.suffix in (".keras", ".h5"):
+    elif out.suffix in (".keras", *_LEGACY):
         write = write_keras if out.suffix == ".keras" else write_legacy
         config = model_config(manifest)
         with new_file(out, force) as file:
@@ -142,6 +146,9 @@ def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = Fa
     else:
         found = f"suffix {out.suffix}" if out.suffix else "no suffix"
         raise Unsupported(Problem(str(out), found, ".keras, .h5 or .weights.h5", "name the output so"))
+
+
+_LEGACY = (".h5", ".hdf5")
 
 
 def write_weights(out: BinaryIO, layers: Iterable[NativeLayer]) -> None:
@@ -273,15 +280,28 @@ def _below(group: str, cls: str) -> list[tuple[str, str, str]]:
 # The legacy full-model file, in the form that Keras 3 and Keras 2 both read.
 
 
-def write_legacy(out: BinaryIO, config: Config, layers: Iterable[NativeLayer]) -> None:
-    """A legacy `.h5` of a serialized model and the layers of its slots."""
+def is_legacy(config: object) -> TypeGuard[Config]:
+    """True for the config in a legacy file of Keras' own, of any version."""
+    return isinstance(config, Mapping) and is_model(config) and "module" not in config
+
+
+def write_legacy(
+    out: BinaryIO, config: Config, layers: Iterable[NativeLayer], keras_version: str = KERAS_VERSION
+) -> None:
+    """A legacy `.h5` of a serialized model and the layers of its slots.
+
+    A config that is in legacy words already stays as it is, with the names that its file gave to the variables.
+    """
+    layers = list(layers)
+    as_it_is = is_legacy(config)
+    native = {(layer.path, local): t.name for layer in layers for local, t in layer.tensors.items() if as_it_is}
     by_top: dict[str, list[tuple[Slot, Mapping[str, Tensor]]]] = {}
     for slot, tensors in _paired(config, layers):
         by_top.setdefault(slot.top, []).append((slot, tensors))
-    versions: dict[str, str | list[str]] = {"keras_version": KERAS_VERSION, "backend": "tensorflow"}
+    versions: dict[str, str | list[str]] = {"keras_version": keras_version, "backend": "tensorflow"}
     names = [entry["config"]["name"] for entry in model_layers(config)]
     groups: dict[str, dict[str, str | list[str]]] = {
-        "": {"model_config": json.dumps(legacy_config(config)), **versions},
+        "": {"model_config": json.dumps(config if as_it_is else legacy_config(config)), **versions},
         "model_weights": {"layer_names": names, **versions},
     }
     datasets: dict[str, Tensor] = {}
@@ -295,7 +315,8 @@ def write_legacy(out: BinaryIO, config: Config, layers: Iterable[NativeLayer]) -
                 scope = scopes.unique(_scope(holder)) if own else ""
                 for name in own:
                     late = name in NOT_TRAINED or not holder.trainable
-                    full = f"{scope}/{_LEGACY_NAMES.get(name, name)}:0"
+                    full = native.get((slot.path, _local(holder, name)), f"{scope}/{_LEGACY_NAMES.get(name, name)}:0")
+                    full = full.removeprefix(f"model_weights/{top}/")
                     (others if late else trained).append((full, tensors[_local(holder, name)]))
         groups[f"model_weights/{top}"] = {"weight_names": [name for name, _ in trained + others]}
         datasets.update({f"model_weights/{top}/{name}": tensor for name, tensor in trained + others})

@@ -642,21 +642,44 @@ def _pair(
     origin = FRAMEWORKS[contents.source.framework].convention()
     known = read_layers(template, convention)
     theirs = [layer for _, layers in known for layer in layers]
+    alike = _same_family(origin, convention)
     pairing = pair_layers(
-        Side(contents.layers, contents.ordered),
-        Side(theirs, template.ordered),
+        Side(contents.layers, _is_chain(contents.ordered, contents.source.settings), contents.graph),
+        Side(theirs, _is_chain(template.ordered, template.metadata), template.graph),
         mapping=mapping,
         allow_unused=allow_unused,
         allow_missing=allow_missing,
+        alike=alike,
     )
     journey.pairs.extend(pairing.pairs)
     sources = {layer.path: layer for layer in contents.layers}
     partner = {pair.target: sources[pair.source] for pair in pairing.pairs}
-    alike = _same_family(origin, convention)
     told = ("config" in contents.source.settings, template.metadata.get("config") is not None)
     for item, layers in known:
         _fill_layer(item, layers, partner, convention, origin, alike, told, cast, journey)
     raise_all(Refused, journey.problems)
+
+
+def _is_chain(ordered: bool, settings: Mapping[str, Any]) -> bool:
+    """True if the order of the layers is that of computation and no two of them stand side by side.
+
+    A config other than a Sequential's may branch; then its graph tells which layers follow each other.
+    """
+    config = settings.get("config")
+    return ordered and (not isinstance(config, Mapping) or _sequential(config))
+
+
+def _sequential(config: Mapping[str, Any]) -> bool:
+    inner = config.get("config")
+    layers = (
+        inner.get("layers") if isinstance(inner, Mapping) else inner if config.get("class_name") == "Sequential" else ()
+    )
+    nested = (
+        [each for each in layers if isinstance(each, Mapping) and "layers" in (each.get("config") or {})]
+        if layers
+        else []
+    )
+    return config.get("class_name") == "Sequential" and all(_sequential(each) for each in nested)
 
 
 def _same_family(a: Convention, b: Convention) -> bool:
@@ -901,7 +924,8 @@ def _rebuilt(contents: Contents, target: Path) -> bool:
     if target.name.endswith(".pt2"):
         return True
     whole = target.name.endswith(_WHOLE) and not target.name.endswith(".weights.h5")
-    return whole and not _keras3_config(contents) and contents.graph is not None
+    again = target.name.endswith((".h5", ".hdf5")) and contents.source.format == "h5"
+    return whole and not again and not _keras3_config(contents) and contents.graph is not None
 
 
 def _classes_missing(contents: Contents, framework: Framework) -> bool:
