@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard, cast
 
 from neutral.containers.files import new_file, new_folder, refuse_same
 from neutral.containers.hdf5 import Hdf5Source, Hdf5Tree, fill_hdf5, in_place, plan_hdf5, spliced
