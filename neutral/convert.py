@@ -39,6 +39,7 @@ from neutral.canon import (
     Written,
     binding_for,
     compatible,
+    deciding,
     native_tensors,
     read_layers,
     recognise,
@@ -257,7 +258,7 @@ def _canonical(
         format=native.format,
         key=key,
         order=tuple(tensor.name for tensor in native.tensors()),
-        settings=_plain(native.metadata),
+        settings={**_plain(native.metadata), **_forms([known for known, _ in pairs], framework.convention())},
     )
     return Contents(layers, source, native.graph, native.ordered, native.collections, (), native.notes)
 
@@ -270,6 +271,22 @@ def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The reader's metadata as JSON; bytes as {"base64": text}."""
     kept = {name: metadata[name] for name in _KEPT if metadata.get(name) is not None}
     return {k: {"base64": base64.b64encode(v).decode()} if isinstance(v, bytes) else v for k, v in kept.items()}
+
+
+def _forms(known: Sequence[Known], convention: Convention) -> dict[str, Any]:
+    """What the writer of the same format must be told of the layers whose form their tensors do not tell."""
+    found = {item.layer.path: told for item in known if (told := deciding(item, convention))}
+    return {"forms": found} if found else {}
+
+
+def _told_form(contents: Contents, path: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """What `_forms` said of a layer; nothing if it makes no sense."""
+    forms = contents.source.settings.get("forms")
+    told = forms.get(path) if isinstance(forms, dict) else None
+    config, sizes = (told.get(name) for name in ("config", "sizes")) if isinstance(told, dict) else (None, None)
+    if not isinstance(config, dict) or not isinstance(sizes, dict):
+        return {}, {}
+    return config, {axis: n for axis, n in sizes.items() if type(n) is int and n >= 0}
 
 
 def _metadata(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -644,8 +661,8 @@ def _pair(
     theirs = [layer for _, layers in known for layer in layers]
     alike = _same_family(origin, convention)
     pairing = pair_layers(
-        Side(contents.layers, _is_chain(contents.ordered, contents.source.settings), contents.graph),
-        Side(theirs, _is_chain(template.ordered, template.metadata), template.graph),
+        Side(contents.layers, _is_chain(contents.ordered, contents.source.settings, origin), contents.graph),
+        Side(theirs, _is_chain(template.ordered, template.metadata, convention), template.graph),
         mapping=mapping,
         allow_unused=allow_unused,
         allow_missing=allow_missing,
@@ -660,26 +677,24 @@ def _pair(
     raise_all(Refused, journey.problems)
 
 
-def _is_chain(ordered: bool, settings: Mapping[str, Any]) -> bool:
+def _is_chain(ordered: bool, settings: Mapping[str, Any], convention: Convention) -> bool:
     """True if the order of the layers is that of computation and no two of them stand side by side.
 
-    A config other than a Sequential's may branch; then its graph tells which layers follow each other.
+    That is so in a Sequential. Another Keras model may branch; then its graph tells which layers follow each other.
     """
+    if convention is FRAMEWORKS["torch"].convention():
+        return ordered
     config = settings.get("config")
-    return ordered and (not isinstance(config, Mapping) or _sequential(config))
+    return ordered and isinstance(config, Mapping) and _sequential(config)
 
 
 def _sequential(config: Mapping[str, Any]) -> bool:
+    if config.get("class_name") != "Sequential":
+        return False
     inner = config.get("config")
-    layers = (
-        inner.get("layers") if isinstance(inner, Mapping) else inner if config.get("class_name") == "Sequential" else ()
-    )
-    nested = (
-        [each for each in layers if isinstance(each, Mapping) and "layers" in (each.get("config") or {})]
-        if layers
-        else []
-    )
-    return config.get("class_name") == "Sequential" and all(_sequential(each) for each in nested)
+    layers = inner.get("layers", ()) if isinstance(inner, Mapping) else inner or ()
+    models = [each for each in layers if isinstance(each, Mapping) and "layers" in (each.get("config") or {})]
+    return all(_sequential(each) for each in models)
 
 
 def _same_family(a: Convention, b: Convention) -> bool:
@@ -853,21 +868,24 @@ def _reconciled(
 def _decided(layer: CanonicalLayer, channels: dict[str, int], origin: Convention) -> CanonicalLayer:
     """A layer in its source's order, now that the channels of its Flatten axes are known."""
     if origin.flatten != "channel position":
-        layer = _read_again(layer, channels, origin)
+        layer = _read_again(layer, channels)
     return replace(layer, channels=channels, undecided=())
 
 
-def _read_again(layer: CanonicalLayer, channels: dict[str, int], origin: Convention) -> CanonicalLayer:
-    binding = source_binding([layer], origin)
-    if binding is None:
+def _read_again(layer: CanonicalLayer, channels: Mapping[str, int]) -> CanonicalLayer:
+    """The axes that cross a Flatten from (position channel) to (channel position)."""
+    if layer.kind == "unknown":
         raise Refused(undecided_problem(layer))
-    plain = native_tensors(binding, [replace(layer, undecided=())], origin, where=layer.path)
-    tensors = {local: NativeTensor(local, tensor) for local, tensor in plain.tensors.items()}
-    native = NativeLayer(layer.path, layer.native, tensors, {}, layer.evidence)
-    model = NativeModel(origin.framework, "", (native,), splits={layer.path: channels})
-    ((_, (found, *_)),) = read_layers(model, origin, kinds={_escaped(layer.path): layer.kind})
-    again = {role: replace(layer.tensors[role], data=tensor.data) for role, tensor in found.tensors.items()}
-    return replace(layer, tensors={**layer.tensors, **again})
+    tensors = dict(layer.tensors)
+    for role, tensor in layer.weights.items():
+        data = tensor.data
+        for i, axis in enumerate(tensor.axes):
+            if axis in channels:
+                order = [*range(i), i + 1, i, *range(i + 2, len(data.shape) + 1)]
+                split = data.split(i, (data.shape[i] // channels[axis], channels[axis]))
+                data = split.permute(order).merge(i, 2)
+        tensors[role] = replace(tensor, data=data)
+    return replace(layer, tensors=tensors)
 
 
 def undecided_problem(layer: CanonicalLayer) -> Problem:
@@ -956,8 +974,9 @@ def _native_model(contents: Contents, framework: Framework) -> NativeModel:
     order = {name: i for i, name in enumerate(contents.source.order)}
     for path, parts in _groups(contents).items():
         tensors: dict[str, NativeTensor] = {}
+        config, sizes = _told_form(contents, path)
         if any(part.kind != "unknown" for part in parts):
-            binding = source_binding(parts, convention, _einsum_config(parts[0]))
+            binding = source_binding(parts, convention, config, sizes)
             if binding is None:
                 problems.append(
                     Problem(
@@ -987,7 +1006,8 @@ def _native_model(contents: Contents, framework: Framework) -> NativeModel:
                         tensor.native.get(role, f"{path}.{role}"), tensor.data, tensor.identity, tensor.state
                     )
         tensors = dict(sorted(tensors.items(), key=lambda pair: order.get(pair[1].name, len(order))))
-        layers.append(NativeLayer(path, parts[0].native, tensors, _native_config(parts), parts[0].evidence))
+        config = {**config, **_native_config(parts)}
+        layers.append(NativeLayer(path, parts[0].native, tensors, config, parts[0].evidence))
     raise_all(Refused, problems)
     layers.sort(
         key=lambda layer: min((order.get(t.name, len(order)) for t in layer.tensors.values()), default=len(order))
@@ -1007,10 +1027,6 @@ def _native_model(contents: Contents, framework: Framework) -> NativeModel:
 def _native_config(parts: Sequence[CanonicalLayer]) -> dict[str, Any]:
     directed = any("direction" in t.axes for part in parts for t in part.weights.values())
     return {"bidirectional": True} if directed else {}
-
-
-def _einsum_config(layer: CanonicalLayer) -> dict[str, Any]:
-    return {"equation": layer.attributes.get("equation", "")}
 
 
 def _numpy_model(contents: Contents, framework: Framework, origin: Convention, journey: _Journey) -> NativeModel:

@@ -7,6 +7,7 @@ what could be paired in two ways is refused with the candidates, and every layer
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,15 +17,21 @@ from typing import Any
 from neutral.canon import compatible
 from neutral.canonical import CanonicalLayer
 from neutral.errors import Problem, Refused, raise_all
+from neutral.schema.graph import Graph
 from neutral.schema.kinds import KINDS
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two models: its layers in canonical form, and whether their order is the order of computation."""
+    """One of the two models: its layers in canonical form, and what is known of the order of computation.
+
+    `chain`: every layer computes after the one before. `graph` tells the order of some pairs of layers where it is
+    none.
+    """
 
     layers: Sequence[CanonicalLayer]
-    ordered: bool
+    chain: bool = False
+    graph: Graph | None = None
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,11 @@ def pair_layers(
     mapping: Mapping[str, str] | None = None,
     allow_unused: Sequence[str] = (),
     allow_missing: Sequence[str] = (),
+    alike: bool = False,
 ) -> Pairing:
     """The one pairing of two models, or `Refused` with all that stands in its way.
 
-    `mapping` maps source paths to target paths. `allow_unused` and `allow_missing` are globs on the paths of source and
+    `alike` says that both number their layers in the same way, so that equal numbers are equal names. `mapping` maps source paths to target paths. `allow_unused` and `allow_missing` are globs on the paths of source and
     target layers that may stay without a partner.
     """
     left = {layer.path: layer for layer in source.layers if layer.weights}
@@ -76,7 +84,7 @@ def pair_layers(
     problems: list[Problem] = []
     _by_map(left, right, mapping or {}, pairs, problems)
     raise_all(Refused, problems)
-    _by_name(left, right, pairs, problems)
+    _by_name(left, right, alike, pairs, problems)
     raise_all(Refused, problems)
     _by_structure(source, target, left, right, pairs, problems)
     unused = tuple(path for path in left if any(fnmatchcase(path, p) for p in allow_unused))
@@ -133,12 +141,18 @@ def _by_map(
 
 
 def _by_name(
-    left: dict[str, CanonicalLayer], right: dict[str, CanonicalLayer], pairs: dict[str, Pair], problems: list[Problem]
+    left: dict[str, CanonicalLayer],
+    right: dict[str, CanonicalLayer],
+    alike: bool,
+    pairs: dict[str, Pair],
+    problems: list[Problem],
 ) -> None:
     ours, theirs = _index(left), _index(right)
     for name in ours.keys() & theirs.keys():
         if len(ours[name]) > 1 or len(theirs[name]) > 1:
             continue
+        if not alike and name.replace(".", "").isdigit():
+            continue  # one counts modules, the other layers
         source, target = ours[name][0], theirs[name][0]
         if reason := conflicts(left[source], right[target]):
             problems.append(
@@ -197,11 +211,30 @@ def _by_structure(
 
 
 def _in_order(side: Side, paths: Sequence[str]) -> bool:
-    """True if the order of these layers is the order of computation: of the whole model, or within one stack."""
-    if side.ordered:
+    """True if these layers compute one after the other: in a chain, within one stack, or along one way of the graph."""
+    if side.chain:
         return True
-    stacks = {layer.native_path for layer in side.layers if layer.path in set(paths)}
-    return len(stacks) == 1
+    wanted = set(paths)
+    if len({layer.native_path for layer in side.layers if layer.path in wanted}) == 1:
+        return True
+    return side.graph is not None and _one_after_the_other(side.graph, paths)
+
+
+def _one_after_the_other(graph: Graph, paths: Sequence[str]) -> bool:
+    """True if each of these layers needs what the one before it made."""
+    ancestors: dict[str, set[str]] = {value: set() for value in graph.inputs}
+    before: dict[str, set[str]] = {}
+    for node in graph.nodes:
+        needed = set().union(*(ancestors[value] for value in node.inputs)) if node.inputs else set()
+        if node.layer is not None:
+            if node.layer in before:
+                return False  # a shared layer has no one place
+            before[node.layer] = set(needed)
+            needed.add(node.layer)
+        for value in node.outputs:
+            ancestors[value] = needed
+    steps = itertools.pairwise(paths)
+    return all(first in before and second in before and first in before[second] for first, second in steps)
 
 
 def _remove(left: dict[str, CanonicalLayer], right: dict[str, CanonicalLayer], pairs: Mapping[str, Pair]) -> None:
@@ -277,6 +310,7 @@ _BEHAVIOUR = (
     "output_padding",
 )
 _REMARK = ("padding", "padding_mode", "decay", "padding_idx")
+_WIRED_ELSEWHERE: Mapping[str, Any] = {"go_backwards": False, "merge_mode": "concat"}
 _WIRED_OUTSIDE = ("dense", "conv", "depthwise", "conv_transpose", "einsum_dense")
 
 
@@ -304,6 +338,13 @@ def differing_settings(
         a, b = source.attributes.get(name), target.attributes.get(name)
         if a is not None and b is not None and not _equal(a, b):
             remarks.append(f"{where}: {name} is {a} in the source and {b} in the template")
+    for name, usual in _WIRED_ELSEWHERE.items():
+        a, b = source.attributes.get(name), target.attributes.get(name)
+        for mine, other, whose in ((a, b, "source"), (b, a, "template")):
+            if mine not in (None, usual) and other is None:
+                remarks.append(
+                    f"{where}: {name} is {mine} in the {whose}; the other model must be wired to do the same"
+                )
     return problems, remarks
 
 
