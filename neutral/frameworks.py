@@ -183,6 +183,9 @@ def detect(path: str | os.PathLike[str]) -> tuple[str, str]:
         return "tensorflow", "checkpoint"
     with SourceFile(where) as file:
         head = file.read(0, min(file.size, 64))
+        # The length of a safetensors header may begin with the bytes of any other format; it ends with zeros.
+        if head[6:9] == b"\0\0{":
+            return _detect_safetensors(where)
         if head.startswith(b"PK"):
             return _detect_zip(file)
         if any(file.size >= at + 8 and file.read(at, 8) == _HDF5 for at in (0, 512, 1024, 2048)):
@@ -193,13 +196,10 @@ def detect(path: str | os.PathLike[str]) -> tuple[str, str]:
             return "torch", "pt-legacy"
         if head[257:262] == b"ustar" or (file.size >= 512 and file.read(257, 5) == b"ustar"):
             return "torch", "pt-legacy"
-        # The length of a safetensors header may begin with the byte of a brace, too; it ends with a zero.
-        if head[7:9] != b"\0{" and head.lstrip()[:1] == b"{":
+        if head.lstrip()[:1] == b"{":
             return _detect_json(where)
         if len(head) > 8 and head[8:].lstrip()[:1] == b"{":
-            from neutral.archive import is_archive
-
-            return (ARCHIVE, "nwt") if is_archive(where) else ("safetensors", "safetensors")
+            return _detect_safetensors(where)
     raise BadFile(
         Problem(
             str(where),
@@ -227,6 +227,12 @@ def _detect_folder(where: Path) -> tuple[str, str]:
             "name the file itself",
         )
     )
+
+
+def _detect_safetensors(where: Path) -> tuple[str, str]:
+    from neutral.archive import is_archive
+
+    return (ARCHIVE, "nwt") if is_archive(where) else ("safetensors", "safetensors")
 
 
 def _detect_zip(file: SourceFile) -> tuple[str, str]:

@@ -1,0 +1,24 @@
+"""A safetensors file is known by its content, whatever the length of its header looks like."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from neutral.frameworks import detect
+
+LENGTHS = {"zip": b"PK", "pickle": b"\x80\x02", "pickle 4": b"\x80\x04", "brace": b"{\x01", "hdf5": b"\x89H"}
+
+
+@pytest.mark.parametrize("start", LENGTHS.values(), ids=LENGTHS)
+def test_header_length_that_begins_like_another_format(start: bytes, tmp_path: Path) -> None:
+    length = int.from_bytes(start, "little")
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + np.ones(2, "float32").tobytes())
+    assert safetensors.numpy.load_file(path)["w"].tolist() == [1, 1]
+    assert detect(path) == ("safetensors", "safetensors")
