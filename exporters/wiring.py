@@ -15,11 +15,26 @@ Capture = Callable[[Mapping[str, Any]], tuple[Graph | None, dict[str, dict[str, 
 _MIXING = ("Gemm", "Conv", "ConvTranspose", "Gather", "LSTM", "GRU", "RNN", "Attention", "Einsum")
 """Layers behind which features have a new order of their own."""
 
+_SIZES: Mapping[str, tuple[tuple[str, str, int], ...]] = {
+    "Dense": (("units", "kernel", -1),),
+    **dict.fromkeys(("Conv1D", "Conv2D", "Conv3D"), (("filters", "kernel", -1),)),
+    **dict.fromkeys(("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"), (("filters", "kernel", -2),)),
+    **dict.fromkeys(("SimpleRNN", "LSTM", "GRU"), (("units", "recurrent_kernel", -2),)),
+    "Embedding": (("output_dim", "embeddings", -1), ("embedding_dim", "weight", -1)),
+    "Linear": (("out_features", "weight", 0), ("in_features", "weight", 1)),
+    **dict.fromkeys(("Conv1d", "Conv2d", "Conv3d"), (("out_channels", "weight", 0),)),
+    **dict.fromkeys(("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"), (("in_channels", "weight", 0),)),
+}
+"""Settings of a class that its tensors tell, too: (setting, tensor, axis)."""
+
 
 def with_graph(model: NativeModel, described: Mapping[str, Any] | None, capture: Capture) -> NativeModel:
     """The model with the graph and the Flatten splits that `capture` finds in its description, if it has one."""
     if described is None:
         return model
+    wrong = next(_contradictions(model), None)
+    if wrong is not None:
+        return replace(model, notes=(*model.notes, f"no graph: {wrong}"))
     try:
         graph, splits, notes = capture(described)
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -30,6 +45,17 @@ def with_graph(model: NativeModel, described: Mapping[str, Any] | None, capture:
         unusual = set(_beside_transposed_flatten(graph))
         splits = {path: axes for path, axes in splits.items() if axes or path not in unusual}
     return replace(model, graph=graph, splits=splits, notes=(*model.notes, *notes))
+
+
+def _contradictions(model: NativeModel) -> Iterator[str]:
+    """Settings that say another size than the tensors have: such a description says nothing of a Flatten, either."""
+    for layer in model.layers:
+        for setting, local, axis in _SIZES.get(layer.cls or "", ()):
+            told, tensor = layer.config.get(setting), layer.tensors.get(local)
+            if type(told) is int and tensor is not None and len(tensor.data.shape) >= 2:
+                found = tensor.data.shape[axis]
+                if told != found:
+                    yield f"{printable(layer.path, 80)}: {setting} is {printable(told, 40)}, its {local} has {found}"
 
 
 def _beside_transposed_flatten(graph: Graph) -> Iterator[str]:
