@@ -171,7 +171,13 @@ def _build_saved_model(model: NativeModel, manifest: Manifest, out: Path, force:
     with tempfile.TemporaryDirectory(prefix="neutral-") as work:
         path = Path(work, "model.keras")
         build_keras(model, manifest, path)
-        live = keras.models.load_model(path, compile=False)
+        try:
+            live = keras.models.load_model(path, compile=False)
+        except Exception as error:
+            found = f"a graph that Keras does not build ({' '.join(str(error).split())})"
+            raise Refused(
+                Problem(str(out), found, "one that it builds", "write a checkpoint (.ckpt) instead")
+            ) from None
         with new_folder(out, force) as fresh:
             live.export(str(fresh), verbose=False)
 
