@@ -25,6 +25,7 @@ from neutral.schema.kinds import KINDS
 Config = Mapping[str, Any]
 Sizes = Mapping[str, int]
 Attributes = Callable[[Config, Sizes], dict[str, Any]]
+Shapes = Mapping[str, tuple[int, ...]]
 
 LETTERS: dict[str, str] = {
     "input": "i", "forget": "f", "cell": "g", "output": "o",
@@ -140,6 +141,7 @@ class Convention:
 
     `forms`: the table, most specific first; `build` may add forms that depend on a layer's config (einsum equations).
     `flatten`: how a Flatten orders what it joins, as a layout expression of `channel` and `position`.
+    `deciding`: what of a layer's config and local shapes tells its form where class and canonical tensors do not.
     `auto_names`: the name that the framework gives to an unnamed layer of a class, without its number -> the class.
     """
 
@@ -147,6 +149,7 @@ class Convention:
     forms: tuple[Form, ...]
     flatten: str
     build: Callable[[str, Config], tuple[Form, ...]] = field(default=lambda cls, config: ())
+    deciding: Callable[[Config, Shapes], dict[str, Any]] = field(default=lambda config, shapes: {})
     auto_names: Mapping[str, str] = field(default_factory=dict)
 
 
