@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from neutral.conventions.forms import Config, Convention, Form, Part, Row, Sizes, layer
+from neutral.conventions.forms import Config, Convention, Form, Part, Row, Shapes, Sizes, layer
 from neutral.conventions.keras_variables import snake_case
 
 _BIDIRECTIONAL = "{direction:forward_layer/|backward_layer/}"
@@ -296,7 +296,7 @@ def einsum_forms(cls: str, config: Config) -> tuple[Form, ...]:
     equation = str(config.get("equation", "")).replace(" ", "")
     operands, _, result = equation.replace("...", "").partition("->")
     given, _, kernel = operands.partition(",")
-    bias = config.get("bias_axes") or ""
+    bias = str(config.get("bias_axes") or "")
     if cls != "EinsumDense" or not kernel.isalpha() or len(set(kernel)) != len(kernel):
         return ()
     made = [c for c in result if c in kernel and c not in given]
@@ -398,10 +398,16 @@ _UNNAMED = (
 )
 
 
+def _deciding(config: Config, shapes: Shapes) -> dict[str, Any]:
+    found = {name: str(config[name]) for name in ("equation", "bias_axes") if config.get(name)}
+    return {**found, "alpha_rank": len(shapes["alpha"])} if "alpha" in shapes else found
+
+
 KERAS = Convention(
     framework="keras",
     forms=(*FORMS, *_UNNAMED),
     flatten="position channel",
     build=einsum_forms,
+    deciding=_deciding,
     auto_names={snake_case(cls): cls for form in (*FORMS, *_UNNAMED) for cls in form.classes},
 )
