@@ -723,20 +723,22 @@ def binding_for(
     return "; ".join(dict.fromkeys(reasons)) or f"{convention.framework} has no {classes} that neutral knows"
 
 
-def _bind_canonical(form: Form, layers: Sequence[CanonicalLayer]) -> Binding | str:
+def _bind_canonical(
+    form: Form, layers: Sequence[CanonicalLayer], sizes: Mapping[str, int] | None = None
+) -> Binding | str:
     if not form.levels and len(form.parts) != len(layers):
         return f"it stores {len(form.parts)} layers as one"
     parts = []
     for i, layer in enumerate(layers):
         part, level = (form.parts[0], i) if form.levels else (form.parts[i], 0)
-        bound = _bind_canonical_part(part, level, layer)
+        bound = _bind_canonical_part(part, level, layer, sizes or {})
         if isinstance(bound, str):
             return bound
         parts.append(bound)
     return Binding(form, tuple(parts))
 
 
-def _bind_canonical_part(part: Part, level: int, layer: CanonicalLayer) -> BoundPart | str:
+def _bind_canonical_part(part: Part, level: int, layer: CanonicalLayer, told: Mapping[str, int]) -> BoundPart | str:
     if not compatible(part.kind, layer.kind):
         return f"it stores a {part.kind}, not a {layer.kind}"
     roles = dict(layer.weights)
@@ -750,7 +752,7 @@ def _bind_canonical_part(part: Part, level: int, layer: CanonicalLayer) -> Bound
     one_bias = any(row.rule == "one_bias" for row in part.rows)
     if layer.kind == "gru" and after is not None and "bias" in roles and after == one_bias:
         return "its reset gate acts elsewhere (reset_after differs)"
-    sizes: dict[str, int] = {
+    sizes: dict[str, int] = dict(told) | {
         axis: layer.attributes[name]
         for axis, name in (("head", "heads"), ("kv_head", "kv_heads"))
         if name in layer.attributes
@@ -789,17 +791,33 @@ def _bind_canonical_part(part: Part, level: int, layer: CanonicalLayer) -> Bound
     return BoundPart(part, level, tuple(rows), sizes)
 
 
+def deciding(known: Known, convention: Convention) -> dict[str, Any]:
+    """What `source_binding` must be told of a layer beside its tensors: the config that decides its form, axis sizes."""
+    if known.binding is None:
+        return {}
+    shapes = {local: tensor.data.shape for local, tensor in known.layer.tensors.items() if not tensor.state}
+    config = convention.deciding(known.layer.config, shapes)
+    return {"config": config, "sizes": dict(known.binding.parts[0].sizes)} if config else {}
+
+
 def source_binding(
-    layers: Sequence[CanonicalLayer], convention: Convention, config: Mapping[str, Any] | None = None
+    layers: Sequence[CanonicalLayer],
+    convention: Convention,
+    config: Mapping[str, Any] | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Binding | None:
-    """The form that layers had in their own framework, from the local names recorded when they were read."""
+    """The form that layers had in their own framework, from the local names recorded when they were read.
+
+    `config` and `sizes` are what `deciding` told.
+    """
     first = layers[0]
+    told = config or {}
     names = {local for layer in layers for t in layer.weights.values() for local in t.native}
-    built = convention.build(first.native or "", config or {})
+    built = convention.build(first.native or "", told)
     for form in (*built, *convention.forms):
-        if first.native is not None and first.native not in form.classes:
+        if (first.native is not None and first.native not in form.classes) or not form.applies(told):
             continue
-        bound = _bind_canonical(form, layers)
+        bound = _bind_canonical(form, layers, sizes)
         if isinstance(bound, str):
             continue
         mine = {n.text for part in bound.parts for row in part.rows for n in expand(row.name, part.level)}
