@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard, cast
 from neutral.containers.files import new_file, new_folder, refuse_same
 from neutral.containers.hdf5 import Hdf5Source, Hdf5Tree, fill_hdf5, in_place, plan_hdf5, spliced
 from neutral.containers.keras_file import CONFIG, METADATA, WEIGHTS, KerasFile, open_keras
-from neutral.containers.zip import NewMember, replace_members, write_zip
+from neutral.containers.zip_replacing import replace_members
+from neutral.containers.zip_writing import NewMember, write_zip
 from neutral.conventions.keras_config import Config, Holder, Slot, history_list, is_model, model_layers, slots
 from neutral.conventions.keras_live import live_variable
 from neutral.conventions.keras_variables import (

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from neutral.errors import BadFile, Problem, Refused
+from neutral.native import TILE, Storage
 
 
 class SourceFile:
@@ -135,6 +136,20 @@ class Memory:
                 Problem("memory", f"{len(buffer)} bytes at byte {offset}", f"a part of {len(self.data)} bytes")
             )
         buffer[:] = memoryview(self.data)[offset : offset + len(buffer)]
+
+
+def pieces(source: SourceFile | Storage, start: int, stop: int) -> Iterator[memoryview]:
+    """The bytes of a range, in pieces that are valid until the next one is taken.
+
+    >>> [bytes(piece) for piece in pieces(Memory(b"abcd"), 1, 3)]
+    [b'bc']
+    """
+    buffer = memoryview(bytearray(min(TILE, max(stop - start, 0))))
+    while start < stop:
+        piece = buffer[: stop - start]
+        source.read_into(start, piece)
+        yield piece
+        start += len(piece)
 
 
 _OUTWARD = re.compile(r"(^|[/\\])\.\.([/\\]|$)|^[/\\]|^[A-Za-z]:[/\\]")

@@ -14,7 +14,8 @@ from typing import Any
 
 from neutral.containers.files import SourceFile
 from neutral.containers.hdf5 import SIGNATURE, Hdf5Source, open_hdf5
-from neutral.containers.zip import STORED, ZipSource
+from neutral.containers.zip import ZipSource
+from neutral.containers.zip_records import STORED
 from neutral.errors import BadFile, Problem
 
 Config = Mapping[str, Any]

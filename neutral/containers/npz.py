@@ -34,7 +34,9 @@ import ml_dtypes
 import numpy as np
 
 from neutral.containers.elements import element_bytes
-from neutral.containers.zip import Chunk, NewMember, ZipSource, replace_members, write_zip
+from neutral.containers.zip import ZipSource
+from neutral.containers.zip_replacing import replace_members
+from neutral.containers.zip_writing import Chunk, NewMember, write_zip
 from neutral.errors import BadFile, Problem, Refused, raise_all
 from neutral.native import Storage, Stored, Tensor, from_array
 

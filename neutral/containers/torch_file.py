@@ -34,7 +34,9 @@ import numpy.typing as npt
 
 from neutral.containers.files import Memory, SourceFile
 from neutral.containers.pickle_machine import Global, Node, Rebuild, items_of, load
-from neutral.containers.zip import NewMember, ZipSource, replace_members, write_zip
+from neutral.containers.zip import ZipSource
+from neutral.containers.zip_replacing import replace_members
+from neutral.containers.zip_writing import NewMember, write_zip
 from neutral.errors import BadFile, Problem, Refused, Unsupported, printable, raise_all
 from neutral.native import TILE, Array, Range, Storage, Stored, Tensor, from_array
 

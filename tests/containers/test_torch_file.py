@@ -22,7 +22,7 @@ from neutral.containers.files import new_file
 from neutral.containers.pickle_machine import items_of
 from neutral.containers.torch_file import DTYPES, MAGIC, TensorRef, TorchFile, fill, write_state_dict
 from neutral.containers.torch_tree import weight_sets
-from neutral.containers.zip import NewMember, write_zip
+from neutral.containers.zip_writing import NewMember, write_zip
 from neutral.errors import BadFile, NeutralError, Refused, Unsupported
 from neutral.native import from_array
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from neutral.containers.files import SourceFile
-from neutral.containers.zip import NewMember, ZipSource, replace_members, write_zip
+from neutral.containers.zip import ZipSource
+from neutral.containers.zip_replacing import replace_members
+from neutral.containers.zip_writing import NewMember, write_zip
 from neutral.errors import BadFile, Refused, WrongUsage
 
 
