@@ -12,6 +12,10 @@ def _attributes(config: Config, sizes: Sizes) -> dict[str, Any]:
     return dict(config)
 
 
+def _two_directions(sizes: Sizes) -> bool:
+    return sizes.get("direction") == 2
+
+
 def _forms() -> tuple[Form, ...]:
     forms = []
     for kind, cls in KINDS.items():
@@ -24,7 +28,7 @@ def _forms() -> tuple[Form, ...]:
                 Row(role, role, f"direction {role_expression(kind, role)}", f"direction {role_expression(kind, role)}")
                 for role in cls.parameters_of
             )
-            forms.append(Form((kind,), (layer(kind, *both, attributes=_attributes),)))
+            forms.append(Form((kind,), (layer(kind, *both, attributes=_attributes, check=_two_directions),)))
     return tuple(forms)
 
 
