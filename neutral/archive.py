@@ -545,8 +545,9 @@ def _check_structure(where: Path, manifest: Manifest, header: Mapping[str, Tenso
     for name, parameter in listed.items():
         problems += [
             Problem(f"{where}: {n}", "a name that leads out of a folder", "a plain name")
-            for n in dict.fromkeys((name, *parameter.native.values()))
-            if leads_outside(n.removeprefix("@"))
+            # A tensor of the model itself has no layer in front of its slash.
+            for n in dict.fromkeys((name.removeprefix("@").removeprefix("/"), *parameter.native.values()))
+            if leads_outside(n)
         ]
         if len(parameter.axes) != len(parameter.shape):
             problems.append(
