@@ -487,6 +487,9 @@ def open_archive(path: str | os.PathLike[str]) -> Archive:
             raise BadFile(Problem(str(where), found, f"the one key {KEY!r}", "give an archive that neutral wrote"))
         _check_version(where, text)
         manifest = Manifest.from_json(text, str(where))
+        if not manifest.is_of(text):
+            found = "a manifest that differs from its digest"
+            raise BadFile(Problem(str(where), found, "the manifest that was written", "restore the file from a copy"))
         _check_structure(where, manifest, opened.tensors)
         contents = _contents(manifest, opened.tensors)
         raise_all(BadFile, list(_axis_problems(where, manifest, contents.layers))[:20])

@@ -1,12 +1,13 @@
 """The manifest of an archive.
 
 >>> manifest = Manifest(source=Source(framework="torch", format="pt"), layers=(), weights_digest="0" * 64)
->>> Manifest.from_json(manifest.to_json()) == manifest
+>>> Manifest.from_json(manifest.to_json()).to_json() == manifest.to_json()
 True
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ from neutral.schema.graph import Graph
 from neutral.schema.kinds import AnyLayer, Parameter, Sha256
 
 FORMAT_VERSION = "1.0"
+_NO_DIGEST = "0" * 64
 
 
 class Source(Strict):
@@ -47,6 +49,7 @@ class Manifest(Strict):
     source: Source
     layers: tuple[AnyLayer, ...]
     weights_digest: Sha256
+    manifest_digest: Sha256 = _NO_DIGEST
     ordered: bool = False
     graph: Graph | None = None
     collections: dict[str, dict[str, Parameter]] = {}
@@ -63,11 +66,11 @@ class Manifest(Strict):
         return self
 
     def to_json(self) -> str:
-        """Canonical JSON: sorted keys, no insignificant white space, absent fields left out."""
-        return json.dumps(
-            self.model_dump(mode="json", exclude_defaults=False, exclude_none=True),
-            sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False,
-        )  # fmt: skip
+        """Canonical JSON: sorted keys, no insignificant white space, absent fields left out; with its own digest."""
+        fields = self.model_dump(mode="json", exclude_defaults=False, exclude_none=True)
+        fields["manifest_digest"] = _NO_DIGEST
+        fields["manifest_digest"] = hashlib.sha256(_canonical(fields).encode("utf-8", "surrogatepass")).hexdigest()
+        return _canonical(fields)
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "manifest") -> Manifest:
@@ -79,11 +82,21 @@ class Manifest(Strict):
         except (ValueError, RecursionError):
             raise BadFile(Problem(where, "text that is not JSON", "a manifest")) from None
 
+    def is_of(self, text: str) -> bool:
+        """Whether the text that this was read from has the digest that it says: that of the text with zeros for it."""
+        key = '"manifest_digest":"{}"'
+        blank = text.replace(key.format(self.manifest_digest), key.format(_NO_DIGEST))
+        return hashlib.sha256(blank.encode("utf-8", "surrogatepass")).hexdigest() == self.manifest_digest
+
     def parameters(self) -> Iterable[tuple[str, Parameter]]:
         """(`<layer>/<role>`, parameter) of every layer, in order."""
         for layer in self.layers:
             for role, parameter in layer.parameters.items():
                 yield f"{layer.path}/{role}", parameter
+
+
+def _canonical(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def _problems(where: str, error: ValidationError) -> list[Problem]:
