@@ -29,7 +29,8 @@ from neutral.containers.saved_model import (
     locate,
     object_graph,
 )
-from neutral.containers.tensor_bundle import DT_STRING, Bundle
+from neutral.containers.tensor_bundle import Bundle
+from neutral.containers.tensor_bundle_entries import DT_STRING
 from neutral.conventions.keras_config import Slot, slots
 from neutral.conventions.keras_variables import STATE as STATE_VARIABLES
 from neutral.errors import BadFile, Problem, Unsupported, WrongUsage, printable

@@ -26,7 +26,8 @@ from neutral.containers.saved_model import (
     object_graph,
     pruned_object_graph,
 )
-from neutral.containers.tensor_bundle import Bundle, Strings, replace_tensors, write_bundle
+from neutral.containers.tensor_bundle import Bundle, Strings
+from neutral.containers.tensor_bundle_writing import replace_tensors, write_bundle
 from neutral.errors import BadFile, Problem, Refused, Unsupported
 from neutral.native import NativeModel, NativeTensor, Tensor
 

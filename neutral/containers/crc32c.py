@@ -17,6 +17,8 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from neutral.errors import BadFile, Problem
+
 _POLYNOMIAL = 0x82F63B78
 _HIGH, _MIDDLE, _LOW = 5685, 1362, 426
 _SHIFTS = (_HIGH - _MIDDLE, _HIGH - _LOW, _HIGH)
@@ -95,3 +97,10 @@ def crc32c(data: bytes | bytearray | memoryview) -> int:
 def masked(crc: int) -> int:
     """A CRC as LevelDB and TensorFlow store it, so that a CRC of bytes that hold CRCs stays a good one."""
     return (((crc >> 15) | (crc << 17)) + _MASK) & 0xFFFFFFFF
+
+
+def check_masked(where: str, computed: int, stored: int) -> None:
+    """Refuse bytes whose CRC is not the one stored with them."""
+    if masked(computed) != stored:
+        found = f"checksum {masked(computed):08x}"
+        raise BadFile(Problem(where, found, f"{stored:08x} as stored", "the bytes are damaged; get the file again"))

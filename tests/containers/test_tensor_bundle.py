@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from neutral.containers import protobuf, tensor_bundle
+from neutral.containers import protobuf
 from neutral.containers.crc32c import crc32c, masked
-from neutral.containers.tensor_bundle import Bundle, Strings, replace_tensors, write_bundle
+from neutral.containers.tensor_bundle import Bundle, Strings
+from neutral.containers.tensor_bundle_entries import Slice, piece_key
+from neutral.containers.tensor_bundle_writing import replace_tensors, write_bundle
 from neutral.errors import BadFile, NeutralError, Refused, Unsupported
 from neutral.native import from_array
 
@@ -364,9 +366,9 @@ def test_slices_that_do_not_tile_are_refused(
     data(tmp_path / "x").write_bytes(bytes(64))
     entries = {b"": HEADER}
     for i, (start, length) in enumerate(pieces):
-        part = tensor_bundle.Slice(((start, start + length),), (length,))
+        part = Slice(((start, start + length),), (length,))
         crc = masked(crc32c(bytes(4 * length)))
-        entries[tensor_bundle.piece_key("a", part)] = entry_bytes(1, (length,), 16 * i, 4 * length, crc)
+        entries[piece_key("a", part)] = entry_bytes(1, (length,), 16 * i, 4 * length, crc)
     rebuild(tmp_path / "x", dict(sorted(entries.items())) | {b"a": sliced(*boxes)})
     with pytest.raises(BadFile, match=message):
         Bundle(tmp_path / "x")
@@ -439,10 +441,10 @@ def test_mutations_behind_good_checksums_are_read_or_refused(tmp_path: Path) -> 
     rng = random.Random(3)
     raw = bytes(range(64))
     data(tmp_path / "x").write_bytes(raw)
-    part = tensor_bundle.Slice(((0, 2),), (2,))
+    part = Slice(((0, 2),), (2,))
     good = {
         b"": HEADER + protobuf.message(3, protobuf.number(1, 1)),
-        tensor_bundle.piece_key("s", part): entry_bytes(1, (2,), 40, 8, masked(crc32c(raw[40:48]))),
+        piece_key("s", part): entry_bytes(1, (2,), 40, 8, masked(crc32c(raw[40:48]))),
         b"a": entry_bytes(1, (2, 3), 0, 24, masked(crc32c(raw[:24]))),
         b"s": sliced((0, 2)),
         b"t": entry_bytes(7, (2,), 24, 16, 7),

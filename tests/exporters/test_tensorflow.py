@@ -18,7 +18,8 @@ import tf_keras
 
 from neutral.containers import protobuf
 from neutral.containers.saved_model import OBJECT_GRAPH_KEY, object_graph, pruned_object_graph
-from neutral.containers.tensor_bundle import Bundle, Strings, write_bundle
+from neutral.containers.tensor_bundle import Bundle, Strings
+from neutral.containers.tensor_bundle_writing import write_bundle
 from neutral.errors import BadFile, NeutralError, WrongUsage
 from neutral.exporters.tensorflow import read, read_live
 from neutral.exporters.tensorflow_names import by_name

@@ -14,7 +14,8 @@ import tensorflow as tf
 import tf_keras
 
 import neutral
-from neutral.containers.tensor_bundle import Strings, write_bundle
+from neutral.containers.tensor_bundle import Strings
+from neutral.containers.tensor_bundle_writing import write_bundle
 from neutral.errors import BadFile, Refused, Unsupported
 from neutral.exporters.tensorflow import read, read_live
 from neutral.importers.tensorflow import build, fill, fill_live
