@@ -1039,7 +1039,8 @@ def _numpy_model(contents: Contents, framework: Framework, origin: Convention, j
     layers = []
     for layer in contents.layers:
         tensors = {
-            role: NativeTensor(f"{layer.path}/{role}", t.data, None, t.state) for role, t in layer.tensors.items()
+            role: NativeTensor(f"{layer.path}/{role}" if layer.path else role, t.data, None, t.state)
+            for role, t in layer.tensors.items()
         }
         if layer.kind == "unknown" and layer.weights:
             read = recognise(NativeLayer(layer.path, None, tensors), convention)
