@@ -60,7 +60,10 @@ def _told(layer: NativeLayer, told: Mapping[str, Any] | None) -> NativeLayer:
         kind(path=layer.path, **settings)
     except ValueError:
         return layer
-    return replace(layer, cls=told["kind"], config=settings, evidence="class")
+    states = told.get("states")
+    names = states if isinstance(states, tuple) else ()
+    tensors = {role: replace(tensor, state=role in names) for role, tensor in layer.tensors.items()}
+    return replace(layer, cls=told["kind"], config=settings, tensors=tensors, evidence="class")
 
 
 def _channels(told: Mapping[str, Any]) -> dict[str, int]:

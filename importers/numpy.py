@@ -62,10 +62,11 @@ def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = Fa
 
 
 def _described(manifest: Manifest) -> dict[str, dict[str, Any]]:
-    """What the arrays alone do not say of their layers: kind, settings, axes that cross a Flatten."""
+    """What the arrays alone do not say of their layers: kind, settings, axes that cross a Flatten, what is no weight."""
     found: dict[str, dict[str, Any]] = {}
     for layer in manifest.layers:
         if layer.kind != "unknown" and not layer.undecided:
             settings = layer.model_dump(mode="json", exclude_none=True, exclude=set(Layer.model_fields))
-            found[layer.path] = {**settings, "channels": layer.channels}
+            states = [role for role, parameter in layer.parameters.items() if parameter.state]
+            found[layer.path] = {**settings, "channels": layer.channels, **({"states": states} if states else {})}
     return found

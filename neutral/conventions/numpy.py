@@ -16,13 +16,35 @@ def _two_directions(sizes: Sizes) -> bool:
     return sizes.get("direction") == 2
 
 
+def _vectors(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The rows of a norm over one axis, which may cross a Flatten."""
+    return tuple(Row(row.role, row.name, "feature", "feature", required=row.role == "scale") for row in rows)
+
+
+def _reparametrized(kind: str) -> tuple[tuple[Row, ...], ...]:
+    """A kernel as magnitude and direction, or with the vectors that give its norm."""
+    if kind not in ("dense", "conv", "depthwise", "conv_transpose"):
+        return ()
+    axes, bias = role_expression(kind, "kernel"), Row("bias", "bias", role_expression(kind, "bias"))
+    stored = (("kernel_direction", ("kernel_magnitude",)), ("kernel_raw", ("kernel_u", "kernel_v")))
+    return tuple(
+        (
+            *(Row(role, role, raw=True, required=True) for role in beside),
+            Row(kernel, kernel, axes, axes, required=True),
+            bias,
+        )
+        for kernel, beside in stored
+    )
+
+
 def _forms() -> tuple[Form, ...]:
     forms = []
     for kind, cls in KINDS.items():
         if kind == "unknown":
             continue
         plain = tuple(Row(role, role, role_expression(kind, role)) for role in cls.parameters_of)
-        forms.append(Form((kind,), (layer(kind, *plain, attributes=_attributes),)))
+        rows = [_vectors(plain), plain] if plain[0].native == "..." else [plain, *_reparametrized(kind)]
+        forms += [Form((kind,), (layer(kind, *each, attributes=_attributes),)) for each in rows]
         if "direction" in _RECURRENT.get(kind, ""):
             both = tuple(
                 Row(role, role, f"direction {role_expression(kind, role)}", f"direction {role_expression(kind, role)}")
