@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def restore(model: Any, prefix: str) -> None:
         tf.train.Checkpoint(model=model).read(prefix).assert_existing_objects_matched().expect_partial()
         return
     for name, weight in zip(keras_runner.names(model), model.weights, strict=True):
-        weight.assign(reader.get_tensor(name))
+        weight.assign(reader.get_tensor(re.sub(r"/\w+_cell(_\d+)?/", "/", name)))
 
 
 def forward(case: str, file: str, arrays: str, equal: bool, dtype: str) -> dict[str, Any]:
