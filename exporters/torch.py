@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from neutral.containers.pickle_machine import Node, items_of, members_of
-from neutral.containers.torch_file import DTYPES, TensorRef, TorchFile, numpy_array
+from neutral.containers.torch_file import TorchFile
+from neutral.containers.torch_refs import DTYPES, TensorRef, numpy_array
 from neutral.containers.torch_tree import (
     VISITS,
     Walked,

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from neutral.containers.files import new_file, refuse_same
-from neutral.containers.torch_file import DTYPES, TensorRef, TorchFile, write_state_dict
-from neutral.containers.torch_file import fill as fill_file
+from neutral.containers.torch_file import TorchFile
+from neutral.containers.torch_filling import fill as fill_file
+from neutral.containers.torch_refs import DTYPES, TensorRef
 from neutral.containers.torch_tree import choose, weight_sets
+from neutral.containers.torch_writing import write_state_dict
 from neutral.errors import Problem, Refused, Unsupported, printable, raise_all
 from neutral.native import NativeModel, NativeTensor, Tensor, from_array
 

@@ -14,7 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from neutral.native import TILE, Stored, Tensor
+from neutral.containers.files import pieces
+from neutral.native import Stored, Tensor
 
 
 def element_bytes(tensor: Tensor, byteorder: Literal["<", ">"] = "<") -> Iterator[memoryview]:
@@ -23,7 +24,7 @@ def element_bytes(tensor: Tensor, byteorder: Literal["<", ">"] = "<") -> Iterato
     Each piece is valid only until the next one is taken.
     """
     if isinstance(tensor, Stored) and tensor.contiguous and _is_native(byteorder):
-        yield from _copied(tensor)
+        yield from pieces(tensor.storage, tensor.offset, tensor.offset + tensor.nbytes)
         return
     for tile in tensor.tiles():
         yield tile.astype(tile.dtype.newbyteorder(byteorder), copy=False).view(np.uint8).data
@@ -31,14 +32,3 @@ def element_bytes(tensor: Tensor, byteorder: Literal["<", ">"] = "<") -> Iterato
 
 def _is_native(byteorder: str) -> bool:
     return byteorder == ("<" if sys.byteorder == "little" else ">")
-
-
-def _copied(tensor: Stored) -> Iterator[memoryview]:
-    """Bytes that already lie as they are wanted: one buffer, used again and again."""
-    buffer = memoryview(bytearray(min(TILE, tensor.nbytes)))
-    done = 0
-    while done < tensor.nbytes:
-        piece = buffer[: tensor.nbytes - done]
-        tensor.storage.read_into(tensor.offset + done, piece)
-        yield piece
-        done += len(piece)

@@ -36,7 +36,7 @@ import ml_dtypes
 import numpy as np
 
 from neutral.containers.elements import element_bytes
-from neutral.containers.files import SourceFile
+from neutral.containers.files import SourceFile, pieces
 from neutral.errors import BadFile, Problem, Refused, raise_all
 from neutral.native import Stored, Tensor
 
@@ -476,6 +476,5 @@ def _write_elements(out: BinaryIO, name: str, tensor: Tensor) -> None:
 
 
 def _copy(source: SourceFile, out: BinaryIO, start: int, stop: int) -> None:
-    if stop > start:
-        for piece in element_bytes(Stored(source.section(start, stop - start), (stop - start,), np.uint8)):
-            out.write(piece)
+    for piece in pieces(source, start, stop):
+        out.write(piece)

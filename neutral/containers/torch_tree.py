@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from neutral.containers.pickle_machine import Node, items_of, members_of
-from neutral.containers.torch_file import StorageRef, TensorRef, TorchFile, numpy_array
+from neutral.containers.torch_file import TorchFile
+from neutral.containers.torch_refs import StorageRef, TensorRef, numpy_array
 from neutral.errors import BadFile, Problem, Refused, printable
 
 _DEPTH: Final = 8

@@ -20,8 +20,11 @@ import torch
 
 from neutral.containers.files import new_file
 from neutral.containers.pickle_machine import items_of
-from neutral.containers.torch_file import DTYPES, MAGIC, TensorRef, TorchFile, fill, write_state_dict
+from neutral.containers.torch_file import MAGIC, TorchFile
+from neutral.containers.torch_filling import fill
+from neutral.containers.torch_refs import DTYPES, TensorRef
 from neutral.containers.torch_tree import weight_sets
+from neutral.containers.torch_writing import write_state_dict
 from neutral.containers.zip_writing import NewMember, write_zip
 from neutral.errors import BadFile, NeutralError, Refused, Unsupported
 from neutral.native import from_array
