@@ -30,6 +30,7 @@ from neutral.containers.tensor_bundle import Bundle, Strings
 from neutral.containers.tensor_bundle_writing import replace_tensors, write_bundle
 from neutral.errors import BadFile, Problem, Refused, Unsupported
 from neutral.native import NativeModel, NativeTensor, Tensor
+from neutral.running import quiet
 
 if TYPE_CHECKING:
     from neutral.schema.manifest import Manifest
@@ -141,6 +142,11 @@ def _put(tensors: dict[str, Tensor], key: str, tensor: NativeTensor, out: Path) 
 
 def _build_saved_model(model: NativeModel, manifest: Manifest, out: Path, force: bool) -> None:
     """Keras makes it: the functions in a SavedModel are traced, not written by hand."""
+    with quiet():
+        _traced(model, manifest, out, force)
+
+
+def _traced(model: NativeModel, manifest: Manifest, out: Path, force: bool) -> None:
     if manifest.graph is None:
         raise Refused(
             Problem(

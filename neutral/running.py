@@ -84,10 +84,26 @@ def _need(where: Path, *packages: str) -> None:
 
 
 @contextmanager
-def framework_errors(where: str, doing: str) -> Iterator[None]:
-    """What a framework raises, as a refusal in one line."""
+def quiet() -> Iterator[None]:
+    """Drop what the native code of a framework logs to stderr, which nothing in Python can switch off."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
+        os.dup2(nowhere, 2)
         yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+@contextmanager
+def framework_errors(where: str, doing: str) -> Iterator[None]:
+    """What a framework raises, as a refusal in one line; what it logs is dropped."""
+    try:
+        with quiet():
+            yield
     except (NeutralError, MemoryError):
         raise
     except Exception as error:
