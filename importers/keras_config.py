@@ -1518,7 +1518,12 @@ def _assembled(b: _Builder, outputs: Sequence[_Tensor]) -> Config:
     heads = [list(b.tensors[value].reference) for value in b.graph.inputs]
     tails = [list(tensor.reference) for tensor in outputs]
     config = {"name": b.names.fresh("model"), "trainable": True, "layers": layers}
-    return _model("Model", {**config, "input_layers": heads, "output_layers": tails})
+    return _model("Model", {**config, "input_layers": _alone(heads), "output_layers": _alone(tails)})
+
+
+def _alone(references: list[Any]) -> list[Any]:
+    """A single reference without a list around it, as Keras has it: it warns where it wants a list and gets a tensor."""
+    return references[0] if len(references) == 1 else references
 
 
 def _model(cls: str, config: Config) -> Config:
