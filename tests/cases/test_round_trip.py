@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
 import tensorflow as tf
+import tf_keras
 import torch
 from torch import nn
 
@@ -114,6 +117,23 @@ def test_npz_of_many_dtypes(tmp_path: Path, neutral_: Commands) -> None:
         assert all(back[n].tobytes() == saved[n].tobytes() for n in saved.files)
 
 
+def test_a_single_layer_has_no_path(tmp_path: Path, neutral_: Commands) -> None:
+    """`nn.Linear` alone: its tensors lie in no layer."""
+    module = m.randomized(nn.Linear(3, 4), 1)
+    torch.save(module.state_dict(), tmp_path / "a.pt")
+    through_archive(tmp_path / "a.pt", tmp_path / "back.pt", neutral_)
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert list(back) == ["weight", "bias"] and torch.equal(back["weight"], module.weight)
+    neutral_.ok("import", tmp_path / "between.nwt", "--to", "numpy", "-o", tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert sorted(arrays.files) == ["bias", "kernel"]
+    model = keras.Sequential([keras.Input((3,)), L.Dense(4)])
+    model.save(tmp_path / "t.keras")
+    neutral_.ok("convert", tmp_path / "a.npz", tmp_path / "b.keras", "--into", tmp_path / "t.keras")
+    x = m.random(2, 3)
+    m.assert_close(m.run_keras(keras.models.load_model(tmp_path / "b.keras"), x), m.run_torch(module, x))
+
+
 # --- Keras and TensorFlow ---
 
 
@@ -137,6 +157,17 @@ def equal_weights(a: Any, b: Any) -> bool:
     ]
 
 
+def hdf5(path: Path) -> dict[str, object]:
+    """All that a legacy file says: its config, its versions, the names of its weights in order, and the weights."""
+    with h5py.File(path) as file:
+        found: dict[str, object] = {**file.attrs, "model_config": json.loads(file.attrs["model_config"])}
+        for name in file["model_weights"].attrs["layer_names"]:
+            group = file["model_weights"][name.decode() if isinstance(name, bytes) else name]
+            names = [n.decode() if isinstance(n, bytes) else n for n in group.attrs["weight_names"]]
+            found[group.name] = [(n, group[n][()].tobytes()) for n in names]
+    return found
+
+
 @pytest.mark.parametrize("suffix", ["keras", "h5", "weights.h5"])
 def test_keras_files(suffix: str, tmp_path: Path, neutral_: Commands) -> None:
     model = many_layers()
@@ -145,6 +176,8 @@ def test_keras_files(suffix: str, tmp_path: Path, neutral_: Commands) -> None:
     through_archive(source, back, neutral_)
     neutral_.ok("import", tmp_path / "between.nwt", "--into", source, "-o", same)
     assert same.read_bytes() == source.read_bytes()
+    if suffix == "h5":
+        assert hdf5(back) == hdf5(source)
     if suffix == "weights.h5":
         found = keras.models.clone_model(model)
         found.load_weights(back)
@@ -157,6 +190,19 @@ def test_keras_files(suffix: str, tmp_path: Path, neutral_: Commands) -> None:
         assert found.get_config() == loaded.get_config()
     x = m.random(2, 8, 8, 2)
     assert np.array_equal(m.run_keras(found, x), m.run_keras(model, x))
+
+
+def test_a_keras_2_file_is_loaded_by_keras_2_again(tmp_path: Path, neutral_: Commands) -> None:
+    """Layers that current Keras cannot load from a legacy file, and a model in a model."""
+    k = tf_keras.layers
+    inner = tf_keras.Sequential([k.Dense(4), k.BatchNormalization(), k.Dense(3)])
+    model = tf_keras.Sequential([tf_keras.Input((7, 3)), k.Bidirectional(k.LSTM(4, return_sequences=True)), inner])
+    model.add(k.SeparableConv1D(3, 2))
+    m.randomized_keras_2(model, 1).save(tmp_path / "a.h5")
+    through_archive(tmp_path / "a.h5", tmp_path / "back.h5", neutral_)
+    assert hdf5(tmp_path / "back.h5") == hdf5(tmp_path / "a.h5")
+    x = m.random(2, 7, 3)
+    assert np.array_equal(tf_keras.models.load_model(tmp_path / "back.h5", compile=False)(x), model(x))
 
 
 def test_a_mixed_precision_and_a_float64_model(tmp_path: Path, neutral_: Commands) -> None:
