@@ -546,12 +546,6 @@ def _check_structure(where: Path, manifest: Manifest, header: Mapping[str, Tenso
                 )
             )
     for name, parameter in listed.items():
-        problems += [
-            Problem(f"{where}: {n}", "a name that leads out of a folder", "a plain name")
-            # A tensor of the model itself has no layer in front of its slash.
-            for n in dict.fromkeys((name.removeprefix("@").removeprefix("/"), *parameter.native.values()))
-            if leads_outside(n)
-        ]
         if len(parameter.axes) != len(parameter.shape):
             problems.append(
                 Problem(f"{where}: {name}", f"{len(parameter.axes)} axes", f"{len(parameter.shape)}, one per size")
@@ -561,6 +555,11 @@ def _check_structure(where: Path, manifest: Manifest, header: Mapping[str, Tenso
             tie not in mine or (mine[tie].dtype, mine[tie].shape) != (parameter.dtype, parameter.shape)
         ):
             problems.append(Problem(f"{where}: {name}", f"a tie to {tie}", "a stored tensor of its shape and dtype"))
+    problems += [
+        Problem(f"{where}: {name}", "a name that leads out of a folder", "a plain name")
+        for name in dict.fromkeys(_names(manifest))
+        if leads_outside(name)
+    ]
     for layer in manifest.layers:
         problems.extend(_kind_problems(where, layer))
     if weights_digest(manifest.layers) != manifest.weights_digest:
@@ -574,6 +573,16 @@ def _check_structure(where: Path, manifest: Manifest, header: Mapping[str, Tenso
         )
     if problems:
         raise BadFile(*sorted(problems, key=lambda p: p.where)[:20])
+
+
+def _names(manifest: Manifest) -> Iterator[str]:
+    """Every name that may become one in a file that is written."""
+    for layer in manifest.layers:
+        yield layer.path
+        for role, parameter in layer.parameters.items():
+            yield from (role, *parameter.native.values())
+    for collection, parameters in manifest.collections.items():
+        yield from (collection, *parameters)
 
 
 def _kind_problems(where: Path, layer: Layer) -> Iterator[Problem]:
@@ -604,6 +613,12 @@ def _kind_problems(where: Path, layer: Layer) -> Iterator[Problem]:
 def _axis_problems(where: Path, manifest: Manifest, layers: Sequence[CanonicalLayer]) -> Iterator[Problem]:
     """What a layer says of its channels and heads must be what the axes of its parameters say."""
     for told, layer in zip(manifest.layers, layers, strict=True):
+        axes = {axis for tensor in layer.tensors.values() for axis in tensor.axes}
+        # A layer of unknown kind keeps what is known of its channels for the kind that it may turn out to be.
+        for axis in sorted({*told.channels, *told.undecided} - axes) if layer.kind != "unknown" else ():
+            yield Problem(
+                f"{where}: {layer.path}", f"an axis {axis} that crosses a Flatten", "an axis of its parameters"
+            )
         for role, tensor in layer.tensors.items():
             parameter = told.parameters[role]
             fine = [axis for group in fine_axes(layer, tensor) for axis in group]
