@@ -322,7 +322,7 @@ def _hinted(
     """An archive's contents read again with hints: its native layers are put together and recognised anew."""
     if not kinds and flatten is None:
         return contents
-    framework = FRAMEWORKS[contents.source.framework]
+    framework = _origin(contents)
     native = _native_model(contents, framework)
     splits = {layer.path: dict(layer.channels) for layer in contents.layers if not layer.undecided}
     native = replace(native, splits=splits)
@@ -332,6 +332,16 @@ def _hinted(
         for layer in found
     )
     return replace(contents, layers=layers)
+
+
+def _origin(contents: Contents) -> Framework:
+    """The framework that an archive says it is from."""
+    name = contents.source.framework
+    if name not in FRAMEWORKS:
+        raise Unsupported(
+            Problem("source", f"the framework {name!r}", f"one of {', '.join(FRAMEWORKS)}", "export the source again")
+        )
+    return FRAMEWORKS[name]
 
 
 # --- import ---
@@ -656,7 +666,7 @@ def _pair(
 ) -> None:
     """Pair an archive with a template and collect, by native name, the template's tensors with the archive's weights."""
     convention = framework.convention()
-    origin = FRAMEWORKS[contents.source.framework].convention()
+    origin = _origin(contents).convention()
     known = read_layers(template, convention)
     theirs = [layer for _, layers in known for layer in layers]
     alike = _same_family(origin, convention)
@@ -910,7 +920,7 @@ def undecided_problem(layer: CanonicalLayer) -> Problem:
 def _build(contents: Contents, framework: Framework, target: Path, journey: _Journey) -> tuple[NativeModel, Manifest]:
     """Native layers of the target framework for a new file, and the manifest that its writer may look at."""
     convention = framework.convention()
-    origin = FRAMEWORKS[contents.source.framework].convention()
+    origin = _origin(contents).convention()
     manifest = _manifest_of(contents)
     if (
         _same_family(origin, convention)
