@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -108,7 +109,14 @@ def edited_archive(good: Path, target: Path, edit: Callable[[Json, Json], None],
     edit(manifest, header)
     if rehash:
         manifest["weights_digest"] = digest_of(manifest)
-    return archive_of(target, json.dumps(manifest), header, data)
+    manifest["manifest_digest"] = "0" * 64
+    blank = canonical_json(manifest)
+    manifest["manifest_digest"] = hashlib.sha256(blank.encode()).hexdigest()
+    return archive_of(target, canonical_json(manifest), header, data)
+
+
+def canonical_json(value: Json) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def archive_of(target: Path, manifest: str, header: Json, data: bytes, **metadata: str) -> Path:
