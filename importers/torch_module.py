@@ -30,11 +30,12 @@ import numpy.typing as npt
 from neutral.containers.files import new_file
 from neutral.errors import NeutralError, Problem, Refused, raise_all
 from neutral.native import NativeModel, NativeTensor
-from neutral.schema import shapes
+from neutral.schema import layer_sizes, node_settings
 from neutral.schema.graph import Graph, Node
+from neutral.schema.inputs import example_inputs
 from neutral.schema.kinds import AnyLayer
+from neutral.schema.layer_sizes import per_axis
 from neutral.schema.manifest import Manifest
-from neutral.schema.shapes import per_axis
 
 if TYPE_CHECKING:
     import torch
@@ -84,16 +85,16 @@ def _reparametrized(layer: Any, cls: str, config: Config) -> NativeClass:
 
 
 def _dense(layer: Any, rank: int | None) -> NativeClass:
-    taken, made = shapes.dense_sizes(layer)
+    taken, made = layer_sizes.dense_sizes(layer)
     config = {"in_features": taken, "out_features": made, "bias": "bias" in layer.parameters}
     return _reparametrized(layer, "Linear", config)
 
 
 def _window(layer: Any) -> Config:
-    k = shapes.window(layer)
+    k = layer_sizes.window(layer)
     if not 1 <= len(k) <= 3:
         raise _no_form(layer, f"a convolution over {len(k)} axes", "1 to 3")
-    taken, made, groups = shapes.conv_channels(layer)
+    taken, made, groups = layer_sizes.conv_channels(layer)
     return {
         "in_channels": taken,
         "out_channels": made,
@@ -135,7 +136,7 @@ def _transposed(layer: Any, config: Config) -> tuple[tuple[int, ...], tuple[int,
     """
     padding, extra, left = [], [], []
     for (before, after), added, stride, dilation in zip(
-        *shapes.crops(layer), config["stride"], config["dilation"], strict=True
+        *layer_sizes.crops(layer), config["stride"], config["dilation"], strict=True
     ):
         behind = added - after
         own = before if -before <= behind < max(stride, dilation) - before else 0
@@ -149,7 +150,7 @@ def _transposed(layer: Any, config: Config) -> tuple[tuple[int, ...], tuple[int,
 
 
 def _embedding(layer: Any, rank: int | None) -> NativeClass:
-    tokens, features = shapes.kernel(layer).shape
+    tokens, features = layer_sizes.kernel(layer).shape
     config: Config = {"num_embeddings": tokens, "embedding_dim": features}
     if layer.padding_idx is not None:
         config["padding_idx"] = layer.padding_idx
@@ -218,14 +219,14 @@ def _prelu(layer: Any, rank: int | None) -> NativeClass:
 
 def _recurrent(name: str) -> Callable[[Any, int | None], NativeClass]:
     def rule(layer: Any, rank: int | None) -> NativeClass:
-        weight = shapes.kernel(layer)
+        weight = layer_sizes.kernel(layer)
         config: Config = {
-            "input_size": shapes.size(weight, "in"),
-            "hidden_size": shapes.size(weight, "unit"),
+            "input_size": layer_sizes.size(weight, "in"),
+            "hidden_size": layer_sizes.size(weight, "unit"),
             "num_layers": 1,
             "bias": "bias" in layer.parameters,
             "batch_first": True,
-            "bidirectional": shapes.directions(layer) == 2,
+            "bidirectional": layer_sizes.directions(layer) == 2,
         }
         if layer.go_backwards and config["bidirectional"]:
             raise _no_form(layer, "two directions of which the first runs backwards", "forward first")
@@ -239,7 +240,7 @@ def _recurrent(name: str) -> Callable[[Any, int | None], NativeClass]:
         if name == "GRU" and layer.reset_after is False:
             raise _no_form(layer, "a GRU with reset_after=False", "reset_after=True")
         if "projection" in layer.parameters:
-            config["proj_size"] = shapes.state_size(layer)
+            config["proj_size"] = layer_sizes.state_size(layer)
         return name, config
 
     return rule
@@ -269,14 +270,14 @@ def _attention(layer: Any, rank: int | None) -> NativeClass:
 
 
 def _einsum(layer: Any, rank: int | None) -> NativeClass:
-    config: Config = {"equation": layer.equation, "shape": shapes.kernel(layer).shape}
+    config: Config = {"equation": layer.equation, "shape": layer_sizes.kernel(layer).shape}
     if "bias" in layer.parameters:
         config["bias"] = layer.parameters["bias"].shape
     return "EinsumDense", config
 
 
 def _bilinear(layer: Any, rank: int | None) -> NativeClass:
-    made, first, second = shapes.kernel(layer).shape
+    made, first, second = layer_sizes.kernel(layer).shape
     config = {"in1_features": first, "in2_features": second, "out_features": made, "bias": "bias" in layer.parameters}
     return "Bilinear", config
 
@@ -350,7 +351,7 @@ def _same_pairs(c: _Call, k: Sequence[int], s: Sequence[int], d: Sequence[int], 
     """(before, after) per spatial axis by the rule of TensorFlow, from the sizes of the value at hand."""
     pairs = []
     for i in range(c.space):
-        total = shapes.same_total(c.x.shape[i + 2], k[i], s[i], d[i])
+        total = layer_sizes.same_total(c.x.shape[i + 2], k[i], s[i], d[i])
         total = max(total, 0) if isinstance(total, int) else c.torch.sym_max(total, 0)
         small = total // 2
         pairs.append((total - small, small) if lower else (small, total - small))
@@ -375,7 +376,7 @@ def _run_conv(c: _Call) -> Any:
         raise c.refuse("no padding", "to know how its source pads")
     if _symmetric(padding) is not None:
         return c.module(c.x)
-    k = shapes.window(c.layer)
+    k = layer_sizes.window(c.layer)
     s, d = per_axis(c.layer.strides, len(k), 1), per_axis(c.layer.dilation, len(k), 1)
     if padding == "causal":
         pairs: Sequence[tuple[Any, Any]] = [(d[i] * (k[i] - 1), 0) for i in range(len(k))]
@@ -390,7 +391,7 @@ def _run_conv_transpose(c: _Call) -> Any:
     if c.layer.padding is None:
         raise c.refuse("no padding", "to know how its source crops")
     y = c.module(c.x)
-    k = shapes.window(c.layer)
+    k = layer_sizes.window(c.layer)
     settings = {"stride": per_axis(c.layer.strides, len(k), 1), "dilation": per_axis(c.layer.dilation, len(k), 1)}
     left = _transposed(c.layer, settings)[2]
     cut = tuple(slice(before, -after if after else None) for before, after in left)
@@ -398,10 +399,10 @@ def _run_conv_transpose(c: _Call) -> Any:
 
 
 def _pool(c: _Call) -> Any:
-    k = shapes.ints(c.node, "kernel_shape") or ()
-    s = shapes.ints(c.node, "strides") or (1,) * c.space
-    d = shapes.ints(c.node, "dilations") or (1,) * c.space
-    pads = shapes.pool_pads(c.node, c.space)
+    k = node_settings.ints(c.node, "kernel_shape") or ()
+    s = node_settings.ints(c.node, "strides") or (1,) * c.space
+    d = node_settings.ints(c.node, "dilations") or (1,) * c.space
+    pads = node_settings.pool_pads(c.node, c.space)
     ceil = c.flag("ceil_mode")
     even = None
     if isinstance(pads, str):
@@ -443,23 +444,23 @@ def _flatten(c: _Call) -> Any:
 
 
 def _reshape(c: _Call) -> Any:
-    wanted = shapes.ints(c.node, "shape") or ()
+    wanted = node_settings.ints(c.node, "shape") or ()
     return c.x.reshape(c.x.shape[0], *(c.x.shape[i + 1] if n == 0 else n for i, n in enumerate(wanted)))
 
 
 def _transpose(c: _Call) -> Any:
-    return c.x.permute(shapes.ints(c.node, "perm") or tuple(reversed(range(c.x.ndim))))
+    return c.x.permute(node_settings.ints(c.node, "perm") or tuple(reversed(range(c.x.ndim))))
 
 
 def _slice(c: _Call) -> Any:
-    return c.x[tuple(shapes.slices(c.node, c.x.ndim))]
+    return c.x[tuple(node_settings.slices(c.node, c.x.ndim))]
 
 
 _PAD_MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
 
 
 def _pad(c: _Call) -> Any:
-    pairs = shapes.pads_of(c.node, c.x.ndim)
+    pairs = node_settings.pads_of(c.node, c.x.ndim)
     mode = _PAD_MODES[str(c.node.attributes.get("mode", "constant"))]
     if mode == "constant":
         return _padded(c, c.x, pairs, mode, c.number("value", 0.0))
@@ -469,17 +470,17 @@ def _pad(c: _Call) -> Any:
 
 
 def _squeeze(c: _Call) -> Any:
-    return c.x.squeeze(shapes.ints(c.node, "axes") or ())
+    return c.x.squeeze(node_settings.ints(c.node, "axes") or ())
 
 
 def _unsqueeze(c: _Call) -> Any:
-    axes = shapes.ints(c.node, "axes") or ()
+    axes = node_settings.ints(c.node, "axes") or ()
     rank = c.x.ndim + len(axes)
     return reduce(lambda x, axis: x.unsqueeze(axis), sorted(axis % rank for axis in axes), c.x)
 
 
 def _expand(c: _Call) -> Any:
-    wanted = shapes.ints(c.node, "shape") or ()
+    wanted = node_settings.ints(c.node, "shape") or ()
     wanted = (1,) * (c.x.ndim - len(wanted)) + wanted
     added = len(wanted) - c.x.ndim
     return c.x.expand(*(n if i < added or n != 1 else -1 for i, n in enumerate(wanted)))
@@ -489,11 +490,11 @@ _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 def _resize(c: _Call) -> Any:
-    scales = shapes.scales_of(c.node, c.x.ndim)
+    scales = node_settings.scales_of(c.node, c.x.ndim)
     mode, align = _interpolation(c, scales)
     if scales is not None:
         return c.functional.interpolate(c.x, scale_factor=scales, mode=mode, align_corners=align)
-    size = shapes.resized(c.node, (0,) * c.space)
+    size = node_settings.resized(c.node, (0,) * c.space)
     return c.functional.interpolate(c.x, size=size, mode=mode, align_corners=align)
 
 
@@ -536,7 +537,7 @@ def _space_to_depth(c: _Call) -> Any:
 
 
 def _reduced(c: _Call) -> Any:
-    axes = shapes.ints(c.node, "axes") or tuple(range(c.x.ndim))
+    axes = node_settings.ints(c.node, "axes") or tuple(range(c.x.ndim))
     kept = bool(c.node.attributes.get("keepdims", 1))
     name = {"ReduceMean": "mean", "ReduceSum": "sum", "ReduceMax": "amax", "ReduceMin": "amin"}[c.node.op]
     return getattr(c.x, name)(axes, kept)
@@ -589,7 +590,7 @@ def _run_last_axes_norm(c: _Call) -> Any:
 
 def _run_recurrent(c: _Call) -> Any:
     """Keras' meaning of the words: the last output of the backward direction is that of the first step."""
-    ways = shapes.directions(c.layer)
+    ways = layer_sizes.directions(c.layer)
     gated = c.layer.kind == "lstm"
     x = c.x.flip(1) if c.layer.go_backwards else c.x
     # torch.export writes a recurrent module out step by step, which fixes the number of steps; a scan does not.
@@ -622,7 +623,7 @@ def _scan(c: _Call, x: Any, state: Any) -> tuple[Any, Any]:
 
     linear = c.functional.linear
     outputs, finals = [], []
-    for way in range(shapes.directions(c.layer)):
+    for way in range(layer_sizes.directions(c.layer)):
         weights = {
             name: getattr(c.module, f"{name}_l0{'_reverse' if way else ''}", None)
             for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
@@ -638,8 +639,8 @@ def _scan(c: _Call, x: Any, state: Any) -> tuple[Any, Any]:
 
 def _carry(c: _Call, x: Any, state: Any, way: int) -> tuple[Any, ...]:
     if state is None:
-        sizes = [shapes.state_size(c.layer)]
-        sizes += [shapes.size(shapes.kernel(c.layer), "unit")] if c.layer.kind == "lstm" else []
+        sizes = [layer_sizes.state_size(c.layer)]
+        sizes += [layer_sizes.size(layer_sizes.kernel(c.layer), "unit")] if c.layer.kind == "lstm" else []
         return tuple(x.new_zeros(x.shape[0], n) for n in sizes)
     return tuple(part[way].clone() for part in (state if isinstance(state, tuple) else (state,)))
 
@@ -687,7 +688,7 @@ _STEPS = {"lstm": _lstm_step, "gru": _gru_step, "simple_rnn": _rnn_step}
 def _merged(c: _Call, parts: list[Any], joined: Any) -> list[Any]:
     if len(parts) == 1:
         return parts
-    mode = shapes.merge_mode(c.node, c.layer)
+    mode = node_settings.merge_mode(c.node, c.layer)
     if mode == "none":
         return parts
     forward, backward = parts
@@ -713,7 +714,7 @@ def _run_einsum(c: _Call) -> Any:
     if c.layer.kind == "einsum_dense":
         return c.module(c.x)
     # A Linear in other words: some of the last axes in, some of the last axes out.
-    data, _, out = shapes.equation_terms(str(c.node.attributes["equation"]))
+    data, _, out = node_settings.equation_terms(str(c.node.attributes["equation"]))
     summed = len([letter for letter in data.replace("...", "") if letter not in out])
     kept = c.x.ndim - summed
     made = (c.made or ())[kept:]
@@ -842,7 +843,7 @@ _OPERATORS: dict[str, Operator] = {
     "Swish": _swish,
     "Tanh": lambda c: c.x.tanh(),
     "ThresholdedRelu": lambda c: c.functional.threshold(c.x, c.number("alpha", 1.0), 0.0),
-    "Tile": lambda c: c.x.tile(shapes.ints(c.node, "repeats") or ()),
+    "Tile": lambda c: c.x.tile(node_settings.ints(c.node, "repeats") or ()),
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
 }
@@ -917,8 +918,8 @@ def _native(cls: str, config: Config, layer: Any) -> Any:
 def _einsum_module(config: Config, layer: Any) -> Any:
     import torch
 
-    data, _, out = shapes.equation_terms(config["equation"])
-    equation = f"{data},{shapes.kernel_letters(layer)}->{out}"
+    data, _, out = node_settings.equation_terms(config["equation"])
+    equation = f"{data},{layer_sizes.kernel_letters(layer)}->{out}"
 
     class EinsumDense(torch.nn.Module):
         def __init__(self) -> None:
@@ -1052,9 +1053,7 @@ def export(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = F
     fill_module(module, model)
     graph = _graph(manifest)
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    inputs = tuple(
-        x.to(dtype) if x.is_floating_point() else x for x in map(torch.from_numpy, shapes.example_inputs(manifest))
-    )
+    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in map(torch.from_numpy, example_inputs(manifest)))
     free = tuple(
         {i: torch.export.Dim.AUTO for i in range(x.ndim) if _is_free(graph, name, i)}
         for name, x in zip(graph.inputs, inputs, strict=True)

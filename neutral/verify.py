@@ -12,9 +12,9 @@ import numpy as np
 from neutral.errors import Problem, Refused, WrongUsage, printable
 from neutral.running import Array, Port, Runnable, framework_errors
 from neutral.schema.graph import Graph
+from neutral.schema.inputs import solve_inputs, token_limits
 from neutral.schema.kinds import Layer, Parameter
 from neutral.schema.manifest import Manifest
-from neutral.schema.shapes import solve_inputs, token_limits
 
 if TYPE_CHECKING:
     from neutral.archive import Archive

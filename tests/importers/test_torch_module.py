@@ -24,9 +24,10 @@ from neutral.exporters.torch_graph import capture
 from neutral.importers.torch_module import build_module, export, fill_module, layer_classes
 from neutral.native import NativeModel
 from neutral.schema.graph import Attribute, Graph, Node, Value
+from neutral.schema.inputs import example_inputs, solve_inputs
 from neutral.schema.kinds import KINDS, Layer, Parameter
 from neutral.schema.manifest import Manifest, Source
-from neutral.schema.shapes import example_inputs, infer, solve_inputs
+from neutral.schema.shapes import infer
 
 Array = npt.NDArray[Any]
 
