@@ -13,6 +13,7 @@ import tensorflow as tf
 import torch
 
 import neutral
+import neutral.cli
 from neutral.errors import Refused
 from tests.cases import models as m
 from tests.cases.commands import Commands
@@ -314,10 +315,11 @@ def test_there_and_back_is_the_same_file(torch_files: dict[str, Path], tmp_path:
     assert "same weights" in neutral_.ok("diff", tmp_path / "lenet5.keras", torch_files["lenet5"])
 
 
-def test_verify_runs_both_and_finds_them_the_same(
-    torch_files: dict[str, Path], keras_files: dict[str, Path], tmp_path: Path, neutral_: Commands
+def test_verify_runs_both_and_tells_equal_from_different(
+    torch_files: dict[str, Path], torch_template: Path, tmp_path: Path, neutral_: Commands
 ) -> None:
-    neutral_.ok("convert", torch_files["lenet5"], tmp_path / "lenet5.keras")
-    assert neutral_.ok(
-        "verify", torch_files["lenet5"], tmp_path / "lenet5.keras", "--input-shape", "2,1,28,28"
-    ).startswith("same")
+    out = tmp_path / "lenet5.keras"
+    neutral_.ok("convert", torch_files["lenet5"], out)
+    shape = ("--input-shape", "2,1,28,28")
+    assert "same: the largest difference" in neutral_.ok("verify", torch_files["lenet5"], out, *shape)
+    assert neutral.cli.main(["verify", str(torch_template), str(out), *shape]) == 1
