@@ -121,7 +121,7 @@ def _torch_tensor(data: Tensor, dtype: torch.dtype) -> torch.Tensor:
 def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = False) -> None:
     """A new file of torch.save with a state dict, or (`.pt2`) a module rebuilt from the graph and saved by torch.export."""
     if out.suffix == ".pt2":
-        from neutral.importers.torch_module import export
+        from neutral.importers.torch_export import export
 
         export(model, manifest, out, force=force)
         return

@@ -88,7 +88,7 @@ FRAMEWORKS: Mapping[str, Framework] = {
             convention_name="TORCH",
             formats={"pt": ".pt .pth .ckpt .bin (zip)", "pt-legacy": "before torch 1.6"},
             suffixes=(".pt", ".pth", ".ckpt", ".bin", ".pt2"),
-            target="neutral.importers.torch_module",
+            target="neutral.importers.torch_classes",
             packages=("torch",),
         ),
         Framework(
@@ -135,7 +135,7 @@ FRAMEWORKS: Mapping[str, Framework] = {
             convention_name="TORCH",
             formats={"safetensors": ".safetensors (names of torch; shards with an index)"},
             suffixes=(".safetensors",),
-            target="neutral.importers.torch_module",
+            target="neutral.importers.torch_classes",
             packages=("safetensors",),
         ),
     )

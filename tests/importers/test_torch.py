@@ -215,6 +215,6 @@ def test_other_suffixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(Unsupported, match=r"\.pt2"):
         build(model, MANIFEST, tmp_path / "x.onnx")
     calls: list[Any] = []
-    monkeypatch.setattr("neutral.importers.torch_module.export", lambda *given, **named: calls.append((given, named)))
+    monkeypatch.setattr("neutral.importers.torch_export.export", lambda *given, **named: calls.append((given, named)))
     build(model, MANIFEST, tmp_path / "x.pt2", force=True)
     assert calls == [((model, MANIFEST, tmp_path / "x.pt2"), {"force": True})]

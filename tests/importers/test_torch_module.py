@@ -21,7 +21,9 @@ from neutral.conventions.torch import TORCH
 from neutral.errors import Refused
 from neutral.exporters.torch import read_live
 from neutral.exporters.torch_graph import capture
-from neutral.importers.torch_module import build_module, export, fill_module, layer_classes
+from neutral.importers.torch_classes import layer_classes
+from neutral.importers.torch_export import export
+from neutral.importers.torch_module import build_module, fill_module
 from neutral.native import NativeModel
 from neutral.schema.graph import Attribute, Graph, Node, Value
 from neutral.schema.inputs import example_inputs, solve_inputs

@@ -1,0 +1,76 @@
+"""A `torch.export` file of the graph of an archive and its weights."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from neutral.containers.files import new_file
+from neutral.errors import NeutralError, Problem, Refused
+from neutral.importers.torch_module import build_module, fill_module, graph_of
+from neutral.native import NativeModel
+from neutral.schema.graph import Graph
+from neutral.schema.inputs import example_inputs
+from neutral.schema.manifest import Manifest
+
+
+def export(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = False) -> None:
+    """Write the graph with its weights as a `torch.export` program. The batch, and each size that is not known, may
+    change from call to call where the operators allow it."""
+    import torch
+
+    module = build_module(manifest)
+    fill_module(module, model)
+    graph = graph_of(manifest)
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in map(torch.from_numpy, example_inputs(manifest)))
+    free = tuple(
+        {i: torch.export.Dim.AUTO for i in range(x.ndim) if _is_free(graph, name, i)}
+        for name, x in zip(graph.inputs, inputs, strict=True)
+    )
+    try:
+        with warnings.catch_warnings():
+            # torch warns of its own recurrent layers that their weights are kept in a list as well.
+            warnings.simplefilter("ignore")
+            program = torch.export.export(module, inputs, dynamic_shapes=(free,))
+    except NeutralError:
+        raise
+    except Exception as error:
+        raise Refused(
+            Problem(str(out), f"a graph that torch.export cannot take ({_first_line(error)})", "one that it can")
+        ) from error
+    with new_file(out, force) as file:
+        torch.export.save(program, cast(BinaryIO, _Stream(file)))
+
+
+class _Stream(io.RawIOBase):
+    """The file as torch wants to see one: an io object that can be written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def write(self, data: Any, /) -> int:
+        return self._file.write(data)
+
+
+def _is_free(graph: Graph, name: str, axis: int) -> bool:
+    shape = graph.values[name].shape
+    return shape is None or shape[axis] is None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
