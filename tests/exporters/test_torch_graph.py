@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from neutral.exporters.torch import read_live
-from neutral.exporters.torch_graph import _RULES, capture
+from neutral.exporters.torch_graph import capture
+from neutral.exporters.torch_rules import RULES
 from neutral.schema.graph import Graph, Node
 
 
@@ -303,7 +304,7 @@ ODD_SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("config", ODD_SETTINGS)
-@pytest.mark.parametrize("cls", [*sorted(_RULES), "Sequential", "\x1b[31m", ""])
+@pytest.mark.parametrize("cls", [*sorted(RULES), "Sequential", "\x1b[31m", ""])
 def test_settings_that_no_torch_module_has(cls: str, config: dict[str, Any]) -> None:
     """A description from a file may say anything: the answer is a graph, or a note, never an exception."""
     linear = {"cls": "Linear", "path": "1", "config": {"in_features": 4, "out_features": 4}, "children": []}
