@@ -1,7 +1,6 @@
 """Changes of values that no layout can say: a closed list, each declared exact or lossy.
 
->>> import ml_dtypes
-import numpy as np
+>>> import numpy as np
 >>> from neutral.native import from_array
 >>> both = add_zero_bias(from_array(np.array([1.0, 2.0])), axis=0)
 >>> both.read()
