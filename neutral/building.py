@@ -1,0 +1,180 @@
+"""Without a template: an archive's layers as the native layers of a framework, for a new file.
+
+Going back to the source's own framework gives its names, order and bytes again; another framework's class is chosen
+for each canonical layer by the module that rebuilds that framework's models.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from neutral.archive import Contents, manifest_without_digests
+from neutral.canon import Written, binding_for, native_tensors, recognise
+from neutral.canonical import CanonicalLayer, CanonicalTensor
+from neutral.conventions.forms import Convention
+from neutral.errors import Problem, Refused, raise_all
+from neutral.filling import same_family, undecided_problem
+from neutral.frameworks import Framework
+from neutral.journey import Journey
+from neutral.native import NativeLayer, NativeModel, NativeTensor
+from neutral.origin import native_again, origin_of
+from neutral.outputs import keras3_config
+from neutral.schema.manifest import Manifest
+
+
+def build_model(
+    contents: Contents, framework: Framework, target: Path, journey: Journey
+) -> tuple[NativeModel, Manifest]:
+    """Native layers of the target framework for a new file, and the manifest that its writer may look at."""
+    convention = framework.convention()
+    origin = origin_of(contents).convention()
+    manifest = _manifest_of(contents)
+    if same_family(origin, convention) and not _rebuilt(contents, target) and not _classes_missing(contents, framework):
+        native = native_again(contents, framework)
+    elif framework.name == "numpy":
+        native = _numpy_model(contents, framework, origin, journey)
+    else:
+        native = _foreign_model(contents, framework, convention, origin, manifest, target, journey)
+    raise_all(Refused, journey.problems)
+    if (
+        framework.name in ("keras", "tensorflow")
+        and native.graph is None
+        and not keras3_config(contents)
+        and not same_family(origin, convention)
+    ):
+        journey.notes.append("no graph: weights in the order of the layers, for a model of the same layers to load")
+    return native, manifest
+
+
+_WHOLE = (".pt2", ".keras", ".h5", ".hdf5", ".savedmodel")
+"""Suffixes of files that hold a model and not only its weights."""
+
+
+def _rebuilt(contents: Contents, target: Path) -> bool:
+    """True if a file is built from the graph although source and target store layers alike."""
+    if target.name.endswith(".pt2"):
+        return True
+    whole = target.name.endswith(_WHOLE) and not target.name.endswith(".weights.h5")
+    again = target.name.endswith((".h5", ".hdf5")) and contents.source.format == "h5"
+    return whole and not again and not keras3_config(contents) and contents.graph is not None
+
+
+def _classes_missing(contents: Contents, framework: Framework) -> bool:
+    """True for layers of a checkpoint without classes, on their way into a Keras file, which has them."""
+    if framework.name != "keras" or contents.source.framework == "keras":
+        return False
+    return any(layer.native is None and layer.weights for layer in contents.layers)
+
+
+def _manifest_of(contents: Contents) -> Manifest:
+    """The manifest without digests: writers look at kinds, attributes, shapes and the graph alone."""
+    return manifest_without_digests(contents)
+
+
+def _numpy_model(contents: Contents, framework: Framework, origin: Convention, journey: Journey) -> NativeModel:
+    """Canonical tensors as they are, under `<layer>/<role>`.
+
+    A layer of unknown kind keeps its source's names and axes. Where these names are also those of a kind, a reader would
+    take the axes for canonical ones: then the kind is asked for.
+    """
+    convention = framework.convention()
+    layers = []
+    for layer in contents.layers:
+        tensors = {
+            role: NativeTensor(f"{layer.path}/{role}" if layer.path else role, t.data, None, t.state)
+            for role, t in layer.tensors.items()
+        }
+        if layer.kind == "unknown" and layer.weights:
+            read = recognise(NativeLayer(layer.path, None, tensors), convention)
+            if read.binding is not None or read.candidates:
+                journey.problems.append(_unknown_problem(layer, framework))
+        elif layer.undecided and origin.flatten != convention.flatten:
+            journey.problems.append(undecided_problem(layer))
+        layers.append(NativeLayer(layer.path, layer.kind, tensors, layer.attributes, "class"))
+    return NativeModel(framework.name, "npz", tuple(layers))
+
+
+def _unknown_problem(layer: CanonicalLayer, framework: Framework) -> Problem:
+    kinds = f"candidates: {', '.join(layer.candidates)}" if layer.candidates else "no kind that neutral knows fits"
+    return Problem(
+        layer.path,
+        f"a layer of unknown kind ({kinds})",
+        f"its kind, to write it for {framework.name}",
+        f"export again with --kind '{layer.path}=KIND'"
+        + ("" if framework.name == "numpy" else ", or use --into TEMPLATE"),
+    )
+
+
+def _foreign_model(
+    contents: Contents,
+    framework: Framework,
+    convention: Convention,
+    origin: Convention,
+    manifest: Manifest,
+    target: Path,
+    journey: Journey,
+) -> NativeModel:
+    """Each canonical layer as a native layer of another framework.
+
+    A model that is built whole from its graph needs no decision on a Flatten: the graph says what becomes of it.
+    """
+    whole = contents.graph is not None and target.name.endswith(_WHOLE) and not target.name.endswith(".weights.h5")
+
+    assert framework.target is not None
+    for layer in contents.layers:
+        if layer.kind == "unknown" and layer.weights:
+            journey.problems.append(_unknown_problem(layer, framework))
+        elif layer.undecided and origin.flatten != convention.flatten and not whole:
+            journey.problems.append(undecided_problem(layer))
+    raise_all(Refused, journey.problems)
+    classes: Mapping[str, tuple[str, Mapping[str, Any]]] = importlib.import_module(framework.target).layer_classes(
+        manifest
+    )
+    layers = []
+    for layer in contents.layers:
+        if not layer.weights:
+            continue
+        cls, config = classes[layer.path]
+        binding = binding_for([layer], cls, convention, config)
+        if isinstance(binding, str):
+            journey.problems.append(
+                Problem(
+                    layer.path,
+                    f"a {layer.kind} ({binding})",
+                    f"one that {framework.name} can hold as {cls}",
+                    "use a template, or another framework",
+                )
+            )
+            continue
+        written = native_tensors(binding, [layer], convention, where=layer.path)
+        journey.take(written)
+        separator = "/" if framework.name in ("tensorflow", "keras") else "."
+        prefix = layer.path.replace(".", "/") if separator == "/" else layer.path
+        tensors = {
+            local: NativeTensor(f"{prefix}{separator}{local}" if prefix else local, tensor, _tie(layer, written, local))
+            for local, tensor in written.tensors.items()
+        }
+        if (
+            "running_mean" in tensors
+            and framework.name in ("torch", "safetensors")
+            and layer.kind in ("batch_norm", "instance_norm")
+        ):
+            tensors["num_batches_tracked"] = _zero_count(f"{prefix}.num_batches_tracked")
+        layers.append(NativeLayer(layer.path, cls, tensors, config, "graph"))
+    return NativeModel(framework.name, framework.suffixes[0], tuple(layers), contents.graph, {}, contents.ordered)
+
+
+def _zero_count(name: str) -> NativeTensor:
+    import numpy as np
+
+    from neutral.native import from_array
+
+    return NativeTensor(name, from_array(np.zeros((), np.int64)), None, True)
+
+
+def _tie(layer: CanonicalLayer, written: Written, local: str) -> Any:
+    tensors: list[CanonicalTensor] = list(layer.weights.values())
+    return tensors[0].identity if len(tensors) == 1 and len(written.tensors) == 1 else None

@@ -1,0 +1,145 @@
+"""The output of an import: its name, writing beside it, reading back, moving into place."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from neutral import frameworks
+from neutral.archive import INDEX_SUFFIX, SUFFIX, Contents
+from neutral.containers.files import check_output
+from neutral.errors import NeutralError, Problem, Refused, WrongUsage
+from neutral.frameworks import ARCHIVE, FRAMEWORKS, Framework
+from neutral.native import NativeModel, Tensor, Witnessed
+
+
+def witnessed(model: NativeModel) -> tuple[NativeModel, dict[str, Witnessed]]:
+    """The model with tensors that remember what was written of them, and these by name."""
+    found: dict[str, Witnessed] = {}
+    layers = []
+    for layer in model.layers:
+        tensors = {}
+        for local, tensor in layer.tensors.items():
+            found[tensor.name] = Witnessed(tensor.data)
+            tensors[local] = replace(tensor, data=found[tensor.name])
+        layers.append(replace(layer, tensors=tensors))
+    return replace(model, layers=tuple(layers)), found
+
+
+def template_framework(template: Path) -> tuple[Framework, str]:
+    name, found = frameworks.detect(template)
+    if name == ARCHIVE:
+        raise WrongUsage(
+            Problem(str(template), "an archive as the template", "a framework's own file", "name a model to be filled")
+        )
+    return FRAMEWORKS[name], found
+
+
+def default_output(contents: Contents, where: Path | None, to: str | None, template: Path | None) -> Path:
+    """The archive's stem with the template's suffix, or with the framework's usual one."""
+    if where is None:
+        raise WrongUsage(Problem("out", "no output named", "a path", "name the file to write"))
+    stem = where.name.removesuffix(INDEX_SUFFIX).removesuffix(SUFFIX)
+    if template is not None:
+        suffix = ".weights.h5" if template.name.endswith(".weights.h5") else template.suffix
+        return where.with_name(stem + suffix)
+    if to is None:
+        raise WrongUsage(
+            Problem("import", "neither a framework nor an output", "--to FRAMEWORK or -o OUT", "name one of them")
+        )
+    framework = frameworks.framework(to)
+    suffix = framework.suffixes[0]
+    if framework.name == "keras" and not _has_graph(contents):
+        suffix = ".weights.h5"
+    return where.with_name(stem + suffix)
+
+
+def _has_graph(contents: Contents) -> bool:
+    return contents.graph is not None or (contents.source.framework == "keras" and keras3_config(contents))
+
+
+def keras3_config(contents: Contents) -> bool:
+    config = contents.source.settings.get("config")
+    return isinstance(config, dict) and "module" in config
+
+
+def check_target(target: Path, framework: Framework, force: bool) -> None:
+    check_output(target, force)
+    if framework.name == "tensorflow":
+        check_output(target.with_name(f"{target.name}.index"), force)
+
+
+@contextmanager
+def opened(framework: Framework, path: Path) -> Iterator[NativeModel]:
+    native: NativeModel = framework.reader().read(path)
+    try:
+        yield native
+    finally:
+        native.close()
+
+
+@contextmanager
+def work_beside(target: Path) -> Iterator[Path]:
+    """A folder beside the goal to write into, removed in the end."""
+    try:
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name[:80]}.", suffix=".tmp", dir=target.parent))
+    except OSError as error:
+        raise Refused(Problem(str(target), f"{error.strerror}", "to write it", "nothing was left behind")) from None
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def move_into_place(work: Path, target: Path, force: bool) -> None:
+    """Everything that was written takes its name; a folder that is in the way is replaced as a whole."""
+    try:
+        for made in sorted(work.iterdir(), key=lambda path: (path.name == target.name, path.name.endswith(".index"))):
+            goal = target.with_name(made.name)
+            check_output(goal, force)
+            if goal.is_dir():
+                goal.replace(work / f"{made.name}.replaced")
+            made.replace(goal)
+    except OSError as error:
+        raise Refused(
+            Problem(str(target), f"{error.strerror}", "to move it into place", "nothing was left behind")
+        ) from None
+
+
+def compare_written(
+    framework: Framework, written: Path, target: Path, expected: Mapping[str, Witnessed], *, by_name: bool
+) -> None:
+    """Read the output back with the reader and compare every element with what was meant."""
+    with opened(framework, written) as native:
+        found = {tensor.name: tensor.data for tensor in native.tensors()}
+        if by_name:
+            for tensors in native.collections.values():
+                found.update({tensor.name: tensor.data for tensor in tensors})
+            missing = [name for name in expected if name not in found]
+            again = _crcs([found[name] for name in expected if name in found])
+            there = [name for name in expected if name in found]
+            wrong = [name for name, crc in zip(there, again, strict=True) if crc != expected[name].crc()]
+        else:
+            wanted = sorted((tensor.nbytes, tensor.crc()) for tensor in expected.values())
+            got = sorted(zip((t.nbytes for t in found.values()), _crcs(list(found.values())), strict=True))
+            missing, wrong = [], ([] if wanted == got else ["weights"])
+    if missing or wrong:
+        names = ", ".join((missing + wrong)[:5])
+        raise NeutralError(
+            Problem(
+                str(target),
+                f"{names} read back other than written",
+                "what was meant to be written",
+                "nothing was left behind; please report this",
+            )
+        )
+
+
+def _crcs(tensors: Sequence[Tensor]) -> list[int]:
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda tensor: Witnessed(tensor).crc(), tensors))

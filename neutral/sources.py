@@ -1,0 +1,201 @@
+"""Reads anything that neutral can read into the contents of an archive: a file, an archive, a live model."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from neutral import frameworks
+from neutral.archive import Archive, Contents, open_archive
+from neutral.canon import Known, deciding, read_layers
+from neutral.canonical import CanonicalLayer
+from neutral.containers.files import leads_outside
+from neutral.conventions.forms import Convention
+from neutral.errors import BadFile, Problem, Refused, WrongUsage, raise_all
+from neutral.frameworks import ARCHIVE, FRAMEWORKS, Framework
+from neutral.native import NativeModel
+from neutral.origin import native_again, origin_of
+from neutral.schema.kinds import KINDS
+from neutral.schema.manifest import Source
+
+Model = str | os.PathLike[str] | object
+
+
+def check_kinds(kinds: Mapping[str, str] | None) -> None:
+    known = sorted(kind for kind in KINDS if kind != "unknown")
+    raise_all(
+        WrongUsage,
+        (Problem(f"kind of {pattern}", f"{kind!r}", f"one of {', '.join(known)}", "correct the kind") for pattern, kind in (kinds or {}).items() if kind not in known),
+    )  # fmt: skip
+
+
+def flatten_channels(flatten: Mapping[str, str] | None) -> dict[str, dict[str, int]] | None:
+    """{"fc": "16:8"} as {"fc": {"in": 16, "out": 8}}."""
+    if flatten is None:
+        return None
+    out: dict[str, dict[str, int]] = {}
+    for layer, text in flatten.items():
+        before, _, behind = str(text).partition(":")
+        if str(text) == "none":
+            before = behind = ""
+        elif not (before + behind).isdecimal():
+            raise WrongUsage(
+                Problem(f"flatten of {layer}", f"{text!r}", "numbers of channels: 16, :8, 16:8 or none", "correct it")
+            )
+        out[layer] = {axis: int(n) for axis, n in (("in", before), ("out", behind)) if n}
+    return out
+
+
+Read = tuple[Contents, Callable[[], None], Path | None]
+
+
+def read_source(
+    source: Model,
+    format: str | None,
+    key: str | None,
+    kinds: Mapping[str, str] | None,
+    flatten: Mapping[str, Mapping[str, int]] | None,
+) -> Read:
+    """Any source in canonical form, how to close it, and its path if it has one."""
+    if isinstance(source, Archive):
+        return _hinted(source.contents, kinds, flatten), lambda: None, source.path
+    if not isinstance(source, str | os.PathLike):
+        name, native = read_live(source, format)
+        return canonical_contents(native, FRAMEWORKS[name], key, kinds, flatten), native.close, None
+    where = Path(source)
+    name, _ = frameworks.by_format(format) if format is not None else frameworks.detect(where)
+    if name == ARCHIVE:
+        archive = open_archive(where)
+        try:
+            return _hinted(archive.contents, kinds, flatten), archive.close, where
+        except BaseException:
+            archive.close()
+            raise
+    native = FRAMEWORKS[name].reader().read(where, key=key)
+    try:
+        return canonical_contents(native, FRAMEWORKS[name], key, kinds, flatten), native.close, where
+    except BaseException:
+        native.close()
+        raise
+
+
+_LIVE = (
+    ("torch", "torch.nn.modules.module", "Module"),
+    ("keras", "keras", "Model"),
+    ("tensorflow", "tensorflow", "Module"),
+)
+
+
+def _live_framework(model: object, format: str | None) -> str:
+    """The framework of a live object, told by the modules of its classes: nothing is imported for it."""
+    if isinstance(model, Mapping):
+        return frameworks.by_format(format)[0] if format else "numpy"
+    for cls in type(model).__mro__:
+        root = cls.__module__.partition(".")[0]
+        if root == "torch" and cls.__name__ == "Module":
+            return "torch"
+        if root in ("keras", "tf_keras") and cls.__name__ == "Layer":
+            return "keras"
+        if root == "tensorflow" and cls.__name__ in ("Module", "AutoTrackable"):
+            return "tensorflow"
+    raise WrongUsage(
+        Problem(
+            "source",
+            f"a {type(model).__name__}",
+            "a path, a torch.nn.Module, a keras.Model or a dict of arrays",
+            "save it to a file first",
+        )
+    )
+
+
+def read_live(model: object, format: str | None) -> tuple[str, NativeModel]:
+    name = _live_framework(model, format)
+    native: NativeModel = FRAMEWORKS[name].reader().read_live(model)
+    return name, native
+
+
+def canonical_contents(
+    native: NativeModel,
+    framework: Framework,
+    key: str | None,
+    kinds: Mapping[str, str] | None,
+    flatten: Mapping[str, Mapping[str, int]] | None,
+) -> Contents:
+    pairs = read_layers(native, framework.convention(), kinds=kinds, flatten=flatten)
+    layers = tuple(layer for _, found in pairs for layer in found if layer.tensors)
+    if not any(layer.weights for layer in layers):
+        raise BadFile(
+            Problem(
+                native.framework,
+                "no weights",
+                "a model with at least one tensor",
+                "name another file, or another --key",
+            )
+        )
+    _check_paths(layers)
+    source = Source(
+        framework=framework.name,
+        format=native.format,
+        key=key,
+        order=tuple(tensor.name for tensor in native.tensors()),
+        settings={**_plain(native.metadata), **forms([known for known, _ in pairs], framework.convention())},
+    )
+    return Contents(layers, source, native.graph, native.ordered, native.collections, (), native.notes)
+
+
+_KEPT = ("config", "keras_version", "object_graph", "prefix", "metadata", "order", "copies", "strings")
+"""What of a reader's metadata the archive keeps, for the writer of the same format."""
+
+
+def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The reader's metadata as JSON; bytes as {"base64": text}."""
+    kept = {name: metadata[name] for name in _KEPT if metadata.get(name) is not None}
+    return {k: {"base64": base64.b64encode(v).decode()} if isinstance(v, bytes) else v for k, v in kept.items()}
+
+
+def forms(known: Sequence[Known], convention: Convention) -> dict[str, Any]:
+    """What the writer of the same format must be told of the layers whose form their tensors do not tell."""
+    found = {item.layer.path: told for item in known if (told := deciding(item, convention))}
+    return {"forms": found} if found else {}
+
+
+def _check_paths(layers: Sequence[CanonicalLayer]) -> None:
+    seen: set[str] = set()
+    problems = []
+    for layer in layers:
+        if layer.path in seen:
+            problems.append(
+                Problem(layer.path, "two layers of this path", "paths that differ", "rename one of them in the source")
+            )
+        if not layer.path.strip(".") and layer.path != "":
+            problems.append(Problem(repr(layer.path), "a layer without a name", "a name", "rename it in the source"))
+        names = (layer.path, *layer.tensors, *(name for t in layer.tensors.values() for name in t.native.values()))
+        problems += [
+            Problem(name, "a name that leads out of a folder", "a plain name", "rename it in the source")
+            for name in dict.fromkeys(names)
+            if leads_outside(name)
+        ]
+        seen.add(layer.path)
+    raise_all(Refused, problems)
+
+
+def _hinted(
+    contents: Contents, kinds: Mapping[str, str] | None, flatten: Mapping[str, Mapping[str, int]] | None
+) -> Contents:
+    """An archive's contents read again with hints: its native layers are put together and recognised anew."""
+    if not kinds and flatten is None:
+        return contents
+    framework = origin_of(contents)
+    native = native_again(contents, framework)
+    splits = {layer.path: dict(layer.channels) for layer in contents.layers if not layer.undecided}
+    native = replace(native, splits=splits)
+    layers = tuple(
+        layer
+        for _, found in read_layers(native, framework.convention(), kinds=kinds, flatten=flatten)
+        for layer in found
+    )
+    return replace(contents, layers=layers)
