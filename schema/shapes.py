@@ -283,19 +283,19 @@ def _letters(term: str, stars: list[str]) -> list[str]:
     return [*head, *(stars if dots else ()), *tail]
 
 
-_ELEMENTWISE = (
+ELEMENTWISE = (
     "Abs", "Celu", "Clip", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity",
     "Cast", "LRN", "LeakyRelu", "Log", "LogSoftmax", "Mish", "Neg", "Reciprocal", "Relu", "Selu", "Shrink", "Sigmoid", "Sign",
     "Sin", "Softmax", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu",
 )  # fmt: skip
 """Operators whose output has the shape of their one input."""
-_BROADCAST = ("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Mean", "Sum")
-_RECURRENT = ("LSTM", "GRU", "RNN")
+BROADCAST = ("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Mean", "Sum")
+RECURRENT = ("LSTM", "GRU", "RNN")
 
-_RULES: dict[str, Rule] = {
-    **dict.fromkeys(_ELEMENTWISE, _keep),
-    **dict.fromkeys(_BROADCAST, _broadcast),
-    **dict.fromkeys(_RECURRENT, _recurrent),
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(ELEMENTWISE, _keep),
+    **dict.fromkeys(BROADCAST, _broadcast),
+    **dict.fromkeys(RECURRENT, _recurrent),
     **dict.fromkeys(("BatchNormalization", "GroupNormalization", "InstanceNormalization"), _channel_norm),
     **dict.fromkeys(("LayerNormalization", "RMSNormalization"), _last_axes_norm),
     **dict.fromkeys(("MaxPool", "AveragePool"), _pool),
@@ -323,7 +323,7 @@ _RULES: dict[str, Rule] = {
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
 }
-_NEEDS_LAYER = ("Attention", "Conv", "ConvTranspose", "Einsum", "Gather", "Gemm", "PRelu", *_RECURRENT)
+NEEDS_LAYER = ("Attention", "Conv", "ConvTranspose", "Einsum", "Gather", "Gemm", "PRelu", *RECURRENT)
 
 
 def infer(graph: Graph, layers: Mapping[str, AnyLayer], input_shapes: Mapping[str, Sequence[int]]) -> dict[str, Shape]:
@@ -339,11 +339,11 @@ def infer(graph: Graph, layers: Mapping[str, AnyLayer], input_shapes: Mapping[st
 def _outputs(
     node: Node, layers: Mapping[str, AnyLayer], ins: Sequence[Shape], made: Sequence[int | None] | None
 ) -> Sequence[Shape]:
-    rule = _RULES.get(node.op)
+    rule = RULES.get(node.op)
     if rule is None:
         raise Refused(Problem(node.name, f"the operator {node.op}", "one that neutral can run"))
     layer = layers.get(node.layer) if node.layer is not None else None
-    if layer is None and (node.layer is not None or node.op in _NEEDS_LAYER):
+    if layer is None and (node.layer is not None or node.op in NEEDS_LAYER):
         raise Refused(Problem(node.name, f"{node.op} of the layer {node.layer!r}", "a layer of the manifest"))
     try:
         if node.op == "Einsum" and layer is not None and layer.kind == "dense":
