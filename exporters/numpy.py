@@ -44,7 +44,8 @@ def read(source: Path, *, key: str | None = None) -> NativeModel:
         file.close()
         raise
     described = read_comment(zipped.comment)
-    plain = _layers({name: NativeTensor(name, data) for name, data in tensors.items()})
+    states = {f"{path}/{role}": (path, role) for path, told in described.items() for role in _states(told)}
+    plain = _layers({name: NativeTensor(name, data, state=name in states) for name, data in tensors.items()}, states)
     layers = tuple(_told(layer, described.get(layer.path)) for layer in plain)
     splits = {layer.path: _channels(described[layer.path]) for layer in layers if layer.cls is not None}
     return NativeModel(framework="numpy", format="npz", layers=layers, splits=splits, close=file.close)
@@ -60,10 +61,12 @@ def _told(layer: NativeLayer, told: Mapping[str, Any] | None) -> NativeLayer:
         kind(path=layer.path, **settings)
     except ValueError:
         return layer
+    return replace(layer, cls=told["kind"], config=settings, evidence="class")
+
+
+def _states(told: Mapping[str, Any]) -> tuple[str, ...]:
     states = told.get("states")
-    names = states if isinstance(states, tuple) else ()
-    tensors = {role: replace(tensor, state=role in names) for role, tensor in layer.tensors.items()}
-    return replace(layer, cls=told["kind"], config=settings, tensors=tensors, evidence="class")
+    return tuple(str(role) for role in states) if isinstance(states, tuple) else ()
 
 
 def _channels(told: Mapping[str, Any]) -> dict[str, int]:
@@ -86,11 +89,17 @@ def read_live(model: Mapping[str, npt.ArrayLike]) -> NativeModel:
     return NativeModel(framework="numpy", format="arrays", layers=_layers(tensors))
 
 
-def _layers(tensors: Mapping[str, NativeTensor]) -> tuple[NativeLayer, ...]:
-    """Layers in the order of their first arrays. Where dots would make `a/b` and `a.b` one, both keep their names."""
+def _layers(
+    tensors: Mapping[str, NativeTensor], known: Mapping[str, tuple[str, str]] | None = None
+) -> tuple[NativeLayer, ...]:
+    """Layers in the order of their first arrays. Where dots would make `a/b` and `a.b` one, both keep their names.
+
+    `known` has the layer and role of arrays whose role has a `/` in it.
+    """
     groups: dict[str, dict[str, NativeTensor]] = {}
     for name, tensor in tensors.items():
-        layer, _, role = name.rpartition("/")
+        above, _, last = name.rpartition("/")
+        layer, role = (known or {}).get(name, (above, last))
         groups.setdefault(layer, {})[role] = tensor
     paths = {layer: layer.replace("/", ".") for layer in groups}
     count = Counter(paths.values())

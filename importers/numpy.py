@@ -65,8 +65,11 @@ def _described(manifest: Manifest) -> dict[str, dict[str, Any]]:
     """What the arrays alone do not say of their layers: kind, settings, axes that cross a Flatten, what is no weight."""
     found: dict[str, dict[str, Any]] = {}
     for layer in manifest.layers:
+        states = [role for role, parameter in layer.parameters.items() if parameter.state]
+        told: dict[str, Any] = {"states": states} if states else {}
         if layer.kind != "unknown" and not layer.undecided:
-            settings = layer.model_dump(mode="json", exclude_none=True, exclude=set(Layer.model_fields))
-            states = [role for role, parameter in layer.parameters.items() if parameter.state]
-            found[layer.path] = {**settings, "channels": layer.channels, **({"states": states} if states else {})}
+            told |= layer.model_dump(mode="json", exclude_none=True, exclude=set(Layer.model_fields))
+            told["channels"] = layer.channels
+        if told:
+            found[layer.path] = told
     return found
