@@ -168,6 +168,8 @@ def check_output(path: Path, force: bool) -> None:
     """Refuse an output that exists (unless `force`), is a folder where a file is to be, a link, or has no folder."""
     if path.is_symlink():
         raise Refused(Problem(str(path), "a link", "a plain file or nothing", "name the file itself"))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise Refused(Problem(str(path), "a pipe or device", "a plain file or nothing", "choose another name"))
     if path.exists() and not force:
         raise Refused(
             Problem(str(path), "an output that exists", "nothing there yet", "choose another name or pass --force")
@@ -179,13 +181,19 @@ def check_output(path: Path, force: bool) -> None:
 
 
 def refuse_same(output: Path, *inputs: Path) -> None:
-    """Refuse to write over what is being read."""
+    """Refuse to write over what is being read: a file, a file in a folder, the files of a checkpoint's prefix."""
     for source in inputs:
+        pairs = [(o, i) for o in (output, _index_of(output)) for i in (source, _index_of(source))]
         with contextlib.suppress(OSError):
-            if output.exists() and output.samefile(source):
+            inside = source.is_dir() and output.exists() and source.resolve() in output.resolve().parents
+            if inside or any(o.exists() and i.exists() and o.samefile(i) for o, i in pairs):
                 raise Refused(
                     Problem(str(output), "the input itself as the output", "another file", "choose another name")
                 )
+
+
+def _index_of(prefix: Path) -> Path:
+    return prefix.with_name(f"{prefix.name}.index")
 
 
 @contextlib.contextmanager
