@@ -32,12 +32,14 @@ import typer
 
 import neutral
 from neutral import frameworks, report
+from neutral.containers.files import SourceFile
 from neutral.errors import BadFile, NeutralError, Problem, WrongUsage, printable
 
 if TYPE_CHECKING:
     from neutral.convert import Report
 
 GLOBAL_OPTIONS = ("-q", "--quiet", "--verbose", "--debug", "--version")
+LARGEST_MAP = 16 << 20
 LISTED = 10
 """How many remarks of one sort are printed without `--verbose`."""
 
@@ -540,7 +542,8 @@ def _shape(text: str | None) -> tuple[int, ...] | None:
 def read_map(path: Path) -> dict[str, str]:
     """The layer pairs of a `--map` file: a table [layers] of strings, or strings at the top."""
     try:
-        table = tomllib.loads(path.read_text("utf-8"))
+        with SourceFile(path) as file:
+            table = tomllib.loads(file.read(0, min(file.size, LARGEST_MAP)).decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadFile(
             Problem(str(path), f"text that is not TOML ({error})", '"source path" = "target path" lines')
