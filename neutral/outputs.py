@@ -13,7 +13,7 @@ from pathlib import Path
 from neutral import frameworks
 from neutral.archive import INDEX_SUFFIX, SUFFIX, Contents
 from neutral.containers.files import check_output
-from neutral.errors import NeutralError, Problem, Refused, WrongUsage
+from neutral.errors import BadFile, NeutralError, Problem, Refused, WrongUsage
 from neutral.frameworks import ARCHIVE, FRAMEWORKS, Framework
 from neutral.native import NativeModel, Tensor, Witnessed
 
@@ -92,12 +92,19 @@ def work_beside(target: Path) -> Iterator[Path]:
         raise Refused(Problem(str(target), f"{error.strerror}", "to write it", "nothing was left behind")) from None
     try:
         yield work
+    except NeutralError as error:
+        # Writers know the file by its place in the folder; the user knows it by its name.
+        raise type(error)(
+            *(replace(p, where=p.where.replace(str(work / target.name), str(target))) for p in error.problems)
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def move_into_place(work: Path, target: Path, force: bool) -> None:
     """Everything that was written takes its name; a folder that is in the way is replaced as a whole."""
+    if target.is_dir():
+        _check_replaceable(target, work / target.name)
     try:
         for made in sorted(work.iterdir(), key=lambda path: (path.name == target.name, path.name.endswith(".index"))):
             goal = target.with_name(made.name)
@@ -109,6 +116,16 @@ def move_into_place(work: Path, target: Path, force: bool) -> None:
         raise Refused(
             Problem(str(target), f"{error.strerror}", "to move it into place", "nothing was left behind")
         ) from None
+
+
+def _check_replaceable(goal: Path, made: Path) -> None:
+    """A folder gives way to a folder alone, and only if it holds a model: it may be anything that someone keeps."""
+    try:
+        holds_a_model = made.is_dir() and bool(frameworks.detect(goal))
+    except BadFile:
+        holds_a_model = False
+    if not holds_a_model:
+        raise Refused(Problem(str(goal), "a folder", "a model to replace, or nothing", "choose another name"))
 
 
 def compare_written(
