@@ -35,7 +35,8 @@ def make_good_files(folder: Path) -> None:
     torch.jit.script(module).save(folder / "scripted.pt")
     safetensors.numpy.save_file(state, folder / "model.safetensors")
     make_shards(folder / "shards", state)
-    np.savez(folder / "model.npz", **state)  # type: ignore[arg-type]
+    roles = {name.replace(".", "/").replace("weight", "kernel"): array for name, array in state.items()}
+    np.savez(folder / "model.npz", **roles)  # type: ignore[arg-type]
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(5, activation="relu"), keras.layers.Dense(2)])
     for name in ("model.keras", "model.h5"):
