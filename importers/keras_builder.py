@@ -107,7 +107,7 @@ class Builder:
         if (known.cls, known.config) != (entry.cls, entry.config):
             raise Inexpressible("two uses of it that need different settings", "the same settings in each")
         self.forms[path] = known.cls, known.config
-        return self._apply(name, args, kwargs or {}, like)
+        return self._apply(name, args, kwargs or {}, replace(like, told=True))
 
     def layer(self, node: Node) -> AnyLayer:
         if node.layer is None or node.layer not in self.layers:
@@ -127,7 +127,7 @@ class Builder:
         if len(shape) != len(perm):
             raise Inexpressible(f"an output of rank {len(shape)}", f"rank {len(perm)}")
         dtype = of.dtype if "float" in of.dtype else self.dtype
-        return KerasTensor(("", 0, 0), shape, perm, dtype)
+        return KerasTensor(("", 0, 0), shape, perm, dtype, told=of.told)
 
     def input(self, node: Node, index: int = 0) -> KerasTensor:
         if index >= len(node.inputs):
@@ -152,7 +152,8 @@ class Builder:
                 raise Inexpressible("a batch axis that is not the first", "batches in front")
             dims = [tensor.perm.index(axis) for axis in perm[1:]]
             name = f"{tensor.reference[0]}.permute"
-            made = self.add(name, "Permute", {"dims": dims}, [tensor.json], replace(tensor, perm=perm))
+            like = replace(tensor, perm=perm, told=not self.open)
+            made = self.add(name, "Permute", {"dims": dims}, [tensor.json], like)
             self._permuted[key] = made
         return self._permuted[key]
 
@@ -187,6 +188,19 @@ class Builder:
         name = f"{tensor.reference[0]}.shape"
         return self.add(name, "Reshape", {"target_shape": list(sizes)}, [tensor.json], tensor)
 
+    def sized(self, tensor: KerasTensor, *last: int) -> KerasTensor:
+        """The tensor, its last sizes (those of a layer's weights) told to Keras by a Reshape if need be."""
+        if tensor.told if len(last) == 1 else not self.open:
+            return tensor
+        others = [tensor.shape[axis] for axis in tensor.perm[1 : -len(last)]]
+        if others.count(None) > 1:
+            raise Inexpressible(
+                f"{others.count(None)} axes of unknown size in front of the weighed ones",
+                "at most one",
+                "import into a template that says them",
+            )
+        return replace(self.pinned(tensor, [*(-1 if n is None else n for n in others), *last]), told=True)
+
     def image(self, tensor: KerasTensor) -> KerasTensor:
         return self.order(tensor, channels_last(tensor.rank))
 
@@ -212,7 +226,7 @@ class Builder:
         batch = [None, *(shape[axis] for axis in perm[1:])]
         self.open |= None in batch[1:]
         self.entries[name] = Entry("InputLayer", {"name": name, "batch_shape": batch, "dtype": dtype})
-        return KerasTensor((name, 0, 0), (None, *shape[1:]), perm, dtype)
+        return KerasTensor((name, 0, 0), (None, *shape[1:]), perm, dtype, told=batch[-1] is not None)
 
     def _width(self, value: str) -> int | None:
         """The features or channels that the first layer behind a value takes."""

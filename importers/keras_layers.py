@@ -42,6 +42,7 @@ def gemm(b: Builder, node: Node) -> list[KerasTensor]:
             x = b.order(x, as_in_graph(x.rank))
         if taken or given:
             raise Inexpressible("a kernel recorded in channels, on a value that is no vector", "a vector")
+        x = b.sized(x, math.prod(kernel.shape[cut:]))
         return [b.weigh(node, form, [x.json], b.like(node, x.perm, x))]
     x = b.vector(x, taken)
     like = replace(b.like(node, (0, 1), x), channels=given)
@@ -151,6 +152,9 @@ def last_norm(b: Builder, node: Node) -> list[KerasTensor]:
         return [b.weigh(node, form, [x.json], changed(x))]
     if form[1]["axis"] != -1 or x.perm[-1] != x.rank - 1:
         x = b.order(x, as_in_graph(x.rank))
+    weight = next(iter(layer.parameters.values()), None)
+    if weight is not None:
+        x = b.sized(x, *weight.shape)
     return [b.weigh(node, form, [x.json], changed(x))]
 
 
@@ -176,6 +180,7 @@ def recurrent(b: Builder, node: Node) -> list[KerasTensor]:
     layer = b.layer(node)
     cls, config = form_of(layer, True)
     x, *states = (b.plain(b.input(node, i)) for i in range(len(node.inputs)))
+    x = b.sized(x, layer.parameters["input_kernel"].shape[-1])
     flags = {key: bool(node.attributes.get(key)) for key in ("return_sequences", "return_state")}
     if cls == "Bidirectional":
         inner = config["layer"]

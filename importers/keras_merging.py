@@ -65,6 +65,7 @@ def concat(b: Builder, node: Node) -> list[KerasTensor]:
     perm = tensors[0].perm
     place = perm.index(int(number(node, "axis")) % len(perm))
     like = replace(b.like(node, perm, tensors[0]), nonnegative=all(x.nonnegative for x in tensors))
+    like = replace(like, told=all(x.told for x in tensors))
     if len(tensors) == 1:
         return tensors
     config = {"axis": -1 if place == len(perm) - 1 else place}

@@ -66,12 +66,14 @@ def reshape(b: Builder, node: Node) -> list[KerasTensor]:
     rank, image = len(sizes) + 1, "channel" in b.graph.values[node.outputs[0]].axes
     if x.rank == 2 and x.channels and rank > 2 and sizes[0] == x.channels:
         config = {"target_shape": [*sizes[1:], sizes[0]]}
-        return [b.add(b.name(node), "Reshape", config, [x.json], b.like(node, channels_last(rank), x))]
+        like = replace(b.like(node, channels_last(rank), x), told=sizes[0] != -1)
+        return [b.add(b.name(node), "Reshape", config, [x.json], like)]
     if x.perm == channels_last(x.rank) and x.rank > 3 and rank == 3 and image and sizes[0] == x.shape[1]:
         config = {"target_shape": [sizes[1], sizes[0]]}
-        return [b.add(b.name(node), "Reshape", config, [x.json], b.like(node, channels_last(rank), x))]
+        like = replace(b.like(node, channels_last(rank), x), told=sizes[0] != -1)
+        return [b.add(b.name(node), "Reshape", config, [x.json], like)]
     x = b.plain(x)
-    like = replace(b.like(node, as_in_graph(rank), x), nonnegative=x.nonnegative)
+    like = replace(b.like(node, as_in_graph(rank), x), nonnegative=x.nonnegative, told=sizes[-1] != -1)
     return [b.add(b.name(node), "Reshape", {"target_shape": sizes}, [x.json], like)]
 
 

@@ -19,7 +19,8 @@ class KerasTensor:
     """A Keras tensor that holds a value of the graph.
 
     Keras axis i is the value's axis perm[i]. `channels`: a vector in (position channel) order. `nonnegative`: no
-    element is below zero, so that padding with zeros does not change a maximum.
+    element is below zero, so that padding with zeros does not change a maximum. `told`: Keras knows the size of the
+    last axis, without which it cannot make weights for it.
     """
 
     reference: tuple[str, int, int]
@@ -28,6 +29,7 @@ class KerasTensor:
     dtype: str = "float32"
     channels: int = 0
     nonnegative: bool = False
+    told: bool = True
 
     @property
     def rank(self) -> int:

@@ -381,6 +381,58 @@ def test_an_unknown_size_becomes_a_reshape() -> None:
     assert model.predict(np.ones((1, 8, 8, 3), "float32"), verbose=0).shape == (1, 2)
 
 
+SIGNAL = "batch channel width"
+
+
+def signal(shape: tuple[int | None, ...] | None, *steps: tuple[Any, ...]) -> Graph:
+    """A Conv1d of 4 channels, and what follows it."""
+    return chain(SIGNAL, shape, ("Conv", "c", {}, SIGNAL, (None, 4, 6)), *steps)
+
+
+def conv1d() -> AnyLayer:
+    role = {"kernel": parameter("out in w", 4, 3, 3)}
+    return layer("conv", "c", role, strides=(1,), dilation=(1,), padding=((0, 0),), groups=1)
+
+
+@pytest.mark.parametrize("shape", [(None, 3, None), (None, 3, 8), None])
+def test_a_dense_layer_over_positions(shape: tuple[int | None, ...] | None) -> None:
+    a = layer("dense", "a", {"kernel": parameter("out in", 5, 6)})
+    z = layer("dense", "z", {"kernel": parameter("out channel position", 2, 4, 5)})
+    steps = ("Gemm", "a", {}, SIGNAL, (None, 4, 5)), ("Flatten", None, {"axis": 1}, "batch feature", (None, 20))
+    graph = signal(shape, *steps, ("Gemm", "z", {}, "batch feature", (None, 2)))
+    _, model = built([conv1d(), a, z], graph)
+    rng = np.random.default_rng(3)
+    x, kernel = rng.normal(size=(2, 8, 3)), rng.normal(size=(3, 3, 4))
+    over, last = rng.normal(size=(6, 5)), rng.normal(size=(4, 5, 2))
+    model.get_layer("c").set_weights([kernel])
+    model.get_layer("a").set_weights([over])
+    model.get_layer("z").set_weights([last.transpose(1, 0, 2).reshape(20, 2)])
+    windows = np.stack([x[:, i : i + 3] for i in range(6)], axis=1)
+    hidden = np.einsum("blki,kio->bol", windows, kernel) @ over
+    np.testing.assert_allclose(
+        model.predict(x, verbose=0), np.einsum("bcp,cpo->bo", hidden, last), rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 6)])
+def test_a_norm_over_positions_of_unknown_number(shape: tuple[int, ...]) -> None:
+    count = len(shape)
+    norm = layer("layer_norm", "n", {"scale": parameter("a b"[: 2 * count - 1], *shape)}, eps=1e-5)
+    graph = signal((None, 3, None), ("LayerNormalization", "n", {"axis": -count}, SIGNAL, (None, 4, 6)))
+    _, model = built([conv1d(), norm], graph)
+    found = model.predict(np.random.default_rng(4).normal(size=(2, 8, 3)), verbose=0)
+    assert found.shape == (2, 6, 4) and model.get_layer("n").gamma.shape == shape
+    np.testing.assert_allclose(found.mean(axis=1 if count == 1 else (1, 2)), 0, atol=1e-5)
+
+
+def test_a_recurrent_layer_over_positions_of_unknown_number() -> None:
+    roles = {"input_kernel": parameter("unit in", 2, 6), "recurrent_kernel": parameter("unit hidden", 2, 2)}
+    settings = {"activation": "tanh", "go_backwards": False}
+    graph = signal((None, 3, None), ("RNN", "r", {"return_sequences": False}, "batch feature", (None, 2)))
+    _, model = built([conv1d(), layer("simple_rnn", "r", roles, **settings)], graph)
+    assert model.get_layer("r").cell.kernel.shape == (6, 2)
+
+
 def test_a_flatten_of_an_unsplit_kernel_permutes_the_value() -> None:
     fc = layer("dense", "fc", {"kernel": parameter("out in", 2, 24)})
     steps = ("Flatten", None, {"axis": 1}, "batch feature", (None, 24)), ("Gemm", "fc", {}, "batch feature", (None, 2))
@@ -430,6 +482,23 @@ def one(op: str, path: str | None, attributes: dict[str, Any]) -> Graph:
     return chain(IMAGE, (None, 3, 8, 8), (op, path, attributes, IMAGE, (None, 4, 4, 4)))
 
 
+VOLUME = "batch channel depth height width"
+
+
+def volume() -> AnyLayer:
+    role = {"kernel": parameter("out in d h w", 4, 3, 1, 1, 1)}
+    return layer("conv", "c", role, strides=(1,) * 3, dilation=(1,) * 3, padding=((0, 0),) * 3, groups=1)
+
+
+def over() -> AnyLayer:
+    return layer("dense", "a", {"kernel": parameter("out in", 5, 6)})
+
+
+def depths() -> Graph:
+    conv3d = ("Conv", "c", {}, VOLUME, (None, 4, None, None, 6))
+    return chain(VOLUME, (None, 3, None, None, None), conv3d, ("Gemm", "a", {}, VOLUME, (None, 4, None, None, 5)))
+
+
 REFUSALS: list[tuple[str, list[AnyLayer], Graph, str]] = [
     ("max pool", [], one("MaxPool", None, POOL), "not negative"),
     ("uncounted average", [], one("AveragePool", None, POOL), "padding that is counted"),
@@ -438,6 +507,7 @@ REFUSALS: list[tuple[str, list[AnyLayer], Graph, str]] = [
     ("unknown strides", [conv(strides=None)], one("Conv", "features.0", {}), "unknown strides"),
     ("reflection", [], one("Pad", None, {"mode": "reflect", "pads": (0, 0, 1, 1, 0, 0, 1, 1)}), "padding with zeros"),
     ("operator", [], one("DepthToSpace", None, {"blocksize": 2}), "DepthToSpace"),
+    ("unknown sizes", [volume(), over()], depths(), "2 axes of unknown size"),
     ("missing layer", [], one("Conv", "features.0", {}), "no layer"),
 ]
 
