@@ -28,9 +28,7 @@ from neutral.conventions.keras import KERAS
 from neutral.conventions.torch import TORCH
 from neutral.errors import BadFile, Refused
 from neutral.native import NativeLayer, NativeModel, NativeTensor, Stored, from_array
-from neutral.origin import native_again
 from neutral.schema.manifest import Manifest, Source
-from neutral.sources import canonical_contents
 from tests.golden.make import HERE as GOLDEN
 from tests.golden.make import golden
 from tests.test_native import Counting
