@@ -41,6 +41,8 @@ def export(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = F
         raise Refused(
             Problem(str(out), f"a graph that torch.export cannot take ({_first_line(error)})", "one that it can")
         ) from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it names the folders of this machine
     with new_file(out, force) as file:
         torch.export.save(program, cast(BinaryIO, _Stream(file)))
 
