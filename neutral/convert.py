@@ -90,7 +90,8 @@ def export_model(
     Raises `BadFile` for a broken or hostile source, `Refused` where something would have to be guessed.
     """
     check_kinds(kinds)
-    contents, close, where = read_source(source, format, key, kinds, flatten_channels(flatten))
+    goes_on = path is not None or bool(kinds) or flatten is not None
+    contents, close, where = read_source(source, format, key, kinds, flatten_channels(flatten), check=goes_on)
     if created is not None:
         contents = replace(contents, created=created)
     try:
@@ -149,6 +150,8 @@ def import_model(
     """
     started = time.monotonic()
     if isinstance(archive, Archive):
+        if archive.path is not None:
+            archive.check(progress)
         return _import(
             archive.contents, archive.path, to, into, out, mapping, allow_unused, allow_missing, cast, force, started
         )
@@ -301,6 +304,7 @@ def digest(
 ) -> str:
     """The weights digest of anything that can be read: equal for equal weights, whatever the framework."""
     with export_model(source, key=key, kinds=kinds, flatten=flatten) as archive:
+        _check_file(archive)
         return archive.manifest.weights_digest
 
 
@@ -309,8 +313,16 @@ def diff(a: Model, b: Model, *, key: str | None = None) -> Difference:
     from neutral.verify import differing
 
     with export_model(a, key=key) as left, export_model(b, key=key) as right:
+        _check_file(left)
+        _check_file(right)
         lines = differing(left, right)
     return Difference(not lines, tuple(lines))
+
+
+def _check_file(archive: Archive) -> None:
+    """What an archive's file says of its weights must be true of them before it is answered."""
+    if archive.path is not None:
+        archive.check()
 
 
 def verify(

@@ -59,9 +59,16 @@ def read_source(
     key: str | None,
     kinds: Mapping[str, str] | None,
     flatten: Mapping[str, Mapping[str, int]] | None,
+    *,
+    check: bool = True,
 ) -> Read:
-    """Any source in canonical form, how to close it, and its path if it has one."""
+    """Any source in canonical form, how to close it, and its path if it has one.
+
+    The digests of an archive are verified (`check`) wherever its weights go on: what is written has digests of its own.
+    """
     if isinstance(source, Archive):
+        if check and source.path is not None:
+            source.check()
         return _hinted(source.contents, kinds, flatten), lambda: None, source.path
     if not isinstance(source, str | os.PathLike):
         name, native = read_live(source, format)
@@ -71,6 +78,8 @@ def read_source(
     if name == ARCHIVE:
         archive = open_archive(where)
         try:
+            if check:
+                archive.check()
             return _hinted(archive.contents, kinds, flatten), archive.close, where
         except BaseException:
             archive.close()
