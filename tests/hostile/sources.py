@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +29,17 @@ class Row:
 
 
 def every_command(row: Row, run: Commands, good: Path, folder: Path, suffix: str) -> None:
-    """Each command that reads a model refuses the row's file, as what it reads and as its template."""
+    """Commands that read a model refuse the row's file: export, as a template, and two others that change with the row."""
     source = row.make(good, folder).relative_to(folder)
     refused(run, folder, ["export", source, "out.nwt"], row.says)
-    if not row.slow:
-        refused(run, folder, ["show", source], row.says)
-        refused(run, folder, ["digest", source], row.says)
-        refused(run, folder, ["diff", source, good / "model.nwt"], row.says, status=2)
-        refused(run, folder, ["convert", source, "out.npz"], row.says)
+    others = [
+        (["show", source], 1),
+        (["diff", source, good / "model.nwt"], 2),
+        (["digest", source], 1),
+        (["convert", source, "out.npz"], 1),
+    ]
+    first = 2 * (zlib.crc32(row.name.encode()) % 2)
+    for arguments, status in [] if row.slow else others[first : first + 2]:
+        refused(run, folder, arguments, row.says, status=status)
     if row.as_template:
         refused(run, folder, ["import", good / "model.nwt", "--into", source, "-o", f"out{suffix}"], row.says)

@@ -84,8 +84,14 @@ def set_config(text: object, good: Path, folder: Path) -> Path:
     return folder / "model.h5"
 
 
+def config_of_bytes(good: Path, folder: Path) -> Path:
+    data = (good / "model.h5").read_bytes().replace(b'"class_name"', b'"class_nam\xff"')
+    (folder / "model.h5").write_bytes(data)
+    return folder / "model.h5"
+
+
 HDF5 = (
-    *(Row(make.__name__, structure(make, "x.h5"), says) for make, says in test_hdf5.HOSTILE),
+    *(Row(make.__name__, structure(make, "x.h5"), says, slow=True) for make, says in test_hdf5.HOSTILE),
     Row("a weight linked to another file", in_the_model(lambda f: linked(f, h5py.ExternalLink("/etc/passwd", "x"))), "link"),
     Row("a weight stored in another file", in_the_model(
         lambda f: replaced(f, shape=(3, 5), dtype="f4", external=[("/etc/passwd", 0, 60)])), "another file"),
@@ -98,6 +104,7 @@ HDF5 = (
     Row("almost all of an .h5", cut("model.h5", 0.99)),
     Row("half of a .weights.h5", cut("model.weights.h5", 0.5)),
     Row("config that is no JSON", lambda good, folder: set_config("{", good, folder), "JSON"),
+    Row("config that is no UTF-8", config_of_bytes, "JSON"),
     Row("config of a number", lambda good, folder: set_config(7, good, folder)),
     Row("deep config", lambda good, folder: set_config("[" * 20_000, good, folder), "JSON"),
     Row("config of a list", lambda good, folder: set_config("[]", good, folder), "JSON"),
@@ -158,7 +165,7 @@ def flipped(good: Path, folder: Path) -> Path:
 
 
 KERAS = (
-    *(Row(make.__name__, with_structure(make), says) for make, says in (
+    *(Row(make.__name__, with_structure(make), says, slow=True) for make, says in (
         (test_hdf5.external_link, "link"), (test_hdf5.external_storage, "another file"), (test_hdf5.virtual, "virtual"),
         (test_hdf5.four_tebibytes, "chunks"), (test_hdf5.gzip_bomb, "packed chunk"), (test_hdf5.deep, "deeper"))),
     Row("zip bomb as the config", config_bomb, "config.json", slow=True),
