@@ -101,15 +101,8 @@ def _open_h5(path: Path, file: SourceFile, source: Hdf5Source) -> KerasFile:
         text = root["model_config"]
         if not isinstance(text, str):
             raise BadFile(Problem(str(path), "a model_config that is no text", "JSON"))
-        return KerasFile(
-            path,
-            "h5",
-            source,
-            parse_json(text.encode("utf-8", "surrogateescape"), f"{path}: model_config"),
-            versions,
-            None,
-            file,
-        )
+        config = parse_json(text.encode("utf-8", "surrogateescape"), f"{path}: model_config")
+        return KerasFile(path, "h5", source, config, versions, None, file)
     if "layer_names" in root or "layer_names0" in root:
         return KerasFile(path, "h5-weights", source, None, versions, None, file)
     if any(group.rpartition("/")[2] == "vars" for group in source.groups):
