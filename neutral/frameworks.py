@@ -230,9 +230,12 @@ def _detect_folder(where: Path) -> tuple[str, str]:
 
 
 def _detect_safetensors(where: Path) -> tuple[str, str]:
-    from neutral.archive import is_archive
+    from neutral.archive import SUFFIX, is_archive
 
-    return (ARCHIVE, "nwt") if is_archive(where) else ("safetensors", "safetensors")
+    # A shard, or an archive whose one key is damaged, must not pass for a model in the names of torch.
+    if where.name.endswith(SUFFIX) or is_archive(where):
+        return ARCHIVE, "nwt"
+    return "safetensors", "safetensors"
 
 
 def _detect_zip(file: SourceFile) -> tuple[str, str]:

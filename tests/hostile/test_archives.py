@@ -151,6 +151,7 @@ ROWS = (
     Row("undecided axis that is none", edited(lambda m, h: layer(m).update(undecided=["nonsense"]))),
     Row("truncated", bytes_changed(lambda data: data.__delitem__(slice(-1, None)))),
     Row("trailing byte", bytes_changed(lambda data: data.extend(b"x")), "end"),
+    Row("flipped bit of its one key", bytes_changed(lambda data: data.__setitem__(data.index(b"neutral"), ord("m"))), "one key"),
     Row("flipped weight", bytes_changed(lambda data: data.__setitem__(-3, data[-3] ^ 1)), "digest"),
 )  # fmt: skip
 
@@ -241,4 +242,5 @@ def test_shards_of_an_archive(run: Commands, good: Path, tmp_path: Path) -> None
     for spoil in (lambda: shards[0].write_bytes(shards[1].read_bytes()), shards[0].unlink):
         spoil()
         refused(run, tmp_path, ["check", index.name])
+        refused(run, tmp_path, ["export", shards[1].name, "out.nwt"], "one key")
         refused(run, tmp_path, ["import", index.name, "--to", "torch", "-o", "out.pt"])
