@@ -184,11 +184,21 @@ def recognise(layer: NativeLayer, convention: Convention, hint: str | None = Non
     kinds = list(dict.fromkeys(_kind_of(binding) for binding in found))
     if hint is None and len(kinds) > 1 and layer.cls is None:
         auto = convention.auto_names.get(re.sub(r"_\d+$", "", re.split(r"[./]", layer.path)[-1]))
-        named = [binding for binding in found if auto in binding.form.classes]
+        named = [b for b in found if auto in b.form.classes and b.form.applies(layer.config)]
         if named:
             return Known(layer, named[0], "name")
     if hint is not None:
-        return Known(layer, found[0], "hint")
+        exact = next((binding for binding in found if _kind_of(binding) == hint), found[0])
+        if len(found) > 1 and not exact.form.applies(layer.config):
+            raise Refused(
+                Problem(
+                    layer.path,
+                    f"tensors {_shapes(layer)} of {hint}, without the setting that says what their axes are",
+                    "to know it",
+                    f"import into a template that says it, or give --kind {_kind_of(found[0])} if they are stored so",
+                )
+            )
+        return Known(layer, exact, "hint")
     if found and (layer.cls is not None or len(kinds) == 1):
         evidence: Evidence = layer.evidence if layer.cls is not None else "name"  # type: ignore[assignment]
         return Known(layer, found[0], evidence)

@@ -11,15 +11,15 @@ from dataclasses import replace
 from typing import Any
 
 from neutral.archive import Contents
-from neutral.canon import Known, compatible, native_tensors, read_layers, recognise
+from neutral.canon import Binding, Known, bind, compatible, native_tensors, read_layers, recognise
 from neutral.canonical import CanonicalLayer
-from neutral.conventions.forms import Convention
+from neutral.conventions.forms import Convention, Form
 from neutral.errors import NeutralError, Problem, Refused, raise_all
 from neutral.frameworks import FRAMEWORKS, Framework
 from neutral.journey import Journey
 from neutral.match import Side, differing_settings, pair_layers
 from neutral.native import NativeLayer, NativeModel, NativeTensor
-from neutral.origin import origin_of
+from neutral.origin import origin_of, stored_form
 
 
 def fill_template(
@@ -51,7 +51,7 @@ def fill_template(
     partner = {pair.target: sources[pair.source] for pair in pairing.pairs}
     told = ("config" in contents.source.settings, template.metadata.get("config") is not None)
     for item, layers in known:
-        _fill_layer(item, layers, partner, convention, origin, alike, told, cast, journey)
+        _fill_layer(contents, item, layers, partner, convention, origin, alike, told, cast, journey)
     raise_all(Refused, journey.problems)
 
 
@@ -80,6 +80,7 @@ def same_family(a: Convention, b: Convention) -> bool:
 
 
 def _fill_layer(
+    contents: Contents,
     item: Known,
     layers: Sequence[CanonicalLayer],
     partner: Mapping[str, CanonicalLayer],
@@ -111,11 +112,14 @@ def _fill_layer(
         return
     try:
         if binding is None:
-            binding = recognise(native, convention, mine[0].kind).binding
-        assert binding is not None
+            form = stored_form(contents, mine[0]) if alike else None
+            binding = _recognised(native, mine[0].kind, convention, form)
+        if not alike:
+            journey.warnings += _turned(native.path, (*item.candidates, *mine[0].candidates), binding)
         kinds = [bound.part.kind for bound in binding.parts]
+        form = binding.form if alike else None
         mine = [
-            _as_known(layer, kind, origin) if layer.kind == "unknown" else layer
+            _as_known(layer, kind, origin, form) if layer.kind == "unknown" else layer
             for layer, kind in zip(mine, kinds, strict=True)
         ]
         ready = []
@@ -184,8 +188,24 @@ def _fill_unknown(native: NativeLayer, layer: CanonicalLayer, alike: bool, journ
             journey.tensors[goal.name] = tensor.data
 
 
-def _as_known(layer: CanonicalLayer, kind: str, origin: Convention) -> CanonicalLayer:
-    """A layer of unknown kind, read as what its partner is."""
+def _recognised(layer: NativeLayer, kind: str, convention: Convention, form: Form | None) -> Binding:
+    """A layer without class as one of a kind: in the form of its partner of the same family, if it has that."""
+    shapes = {local: tensor.data.shape for local, tensor in layer.tensors.items() if not tensor.state}
+    bound = bind(form, shapes) if form is not None else ""
+    found = recognise(layer, convention, kind).binding if isinstance(bound, str) else bound
+    assert found is not None
+    return found
+
+
+def _turned(path: str, candidates: Sequence[str], binding: Binding) -> list[str]:
+    """What to say of a kernel that only a class would tell from one stored the other way round."""
+    if not {"dense", "einsum_dense"} <= set(candidates) or binding.parts[0].part.kind != "dense":
+        return []
+    return [f"{path}: a kernel without a class; taken to be a Dense, for an EinsumDense may store it turned"]
+
+
+def _as_known(layer: CanonicalLayer, kind: str, origin: Convention, form: Form | None) -> CanonicalLayer:
+    """A layer of unknown kind, read as what its partner is; in the form of one of the same family, if it has that."""
     if not any(compatible(kind, candidate) for candidate in layer.candidates):
         raise Refused(
             Problem(
@@ -196,6 +216,9 @@ def _as_known(layer: CanonicalLayer, kind: str, origin: Convention) -> Canonical
             )
         )
     native = _raw_native(layer)
+    shapes = {local: tensor.data.shape for local, tensor in native.tensors.items() if not tensor.state}
+    if form is not None and not isinstance(bind(form, shapes), str):
+        origin = replace(origin, forms=(form,))
     model = NativeModel(origin.framework, "", (native,), splits={native.path: layer.channels})
     found = [c for _, layers in read_layers(model, origin, kinds={_escaped(native.path): kind}) for c in layers]
     if len(found) > 1:

@@ -9,6 +9,7 @@ from typing import Any
 from neutral.archive import Contents
 from neutral.canon import native_tensors, source_binding
 from neutral.canonical import CanonicalLayer
+from neutral.conventions.forms import Form
 from neutral.errors import Problem, Refused, Unsupported, raise_all
 from neutral.frameworks import FRAMEWORKS, Framework
 from neutral.native import NativeLayer, NativeModel, NativeTensor
@@ -22,6 +23,13 @@ def _told_form(contents: Contents, path: str) -> tuple[dict[str, Any], dict[str,
     if not isinstance(config, dict) or not isinstance(sizes, dict):
         return {}, {}
     return config, {axis: n for axis, n in sizes.items() if type(n) is int and n >= 0}
+
+
+def stored_form(contents: Contents, layer: CanonicalLayer) -> Form | None:
+    """The form that a layer had in its own framework, if it was a native layer by itself."""
+    config, sizes = _told_form(contents, layer.native_path or layer.path)
+    binding = source_binding([layer], origin_of(contents).convention(), config, sizes)
+    return binding.form if binding is not None else None
 
 
 def _metadata(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from neutral.canon import binding_for, canonical_layers, compatible, native_tensors, read_layers
+from neutral.canon import binding_for, canonical_layers, compatible, native_tensors, read_layers, recognise
 from neutral.canonical import CanonicalLayer, CanonicalTensor, fine_axes
 from neutral.conventions.keras import KERAS
 from neutral.conventions.torch import TORCH
@@ -233,3 +233,21 @@ def test_tensors_of_one_parameter_have_one_dtype() -> None:
     }
     with pytest.raises(Refused, match="several dtypes"):
         canonical_layers(torch_model(NativeLayer("x", "LSTM", tensors, {}, "class")), TORCH)
+
+
+def _bare(path: str, kernel: tuple[int, ...], bias: tuple[int, ...]) -> NativeLayer:
+    shapes = {"kernel": kernel, "bias": bias}
+    tensors = {name: NativeTensor(f"{path}/{name}", from_array(np.zeros(shape))) for name, shape in shapes.items()}
+    return NativeLayer(path, None, tensors)
+
+
+def test_a_square_kernel_without_class_is_no_einsum_by_name_or_hint() -> None:
+    """Its equation says which axis is which; a rectangular one tells by its bias."""
+    square = _bare("einsum_dense", (4, 4), (4,))
+    assert recognise(square, KERAS).candidates == ("dense", "einsum_dense")
+    with pytest.raises(Refused, match="the setting that says what their axes are"):
+        recognise(square, KERAS, "einsum_dense")
+    known = recognise(square, KERAS, "dense").binding
+    assert known is not None and known.form.classes == ("Dense",)
+    turned = recognise(_bare("layer", (5, 3), (5,)), KERAS, "einsum_dense").binding
+    assert turned is not None and turned.form.classes == ("EinsumDense",)
