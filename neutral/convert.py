@@ -245,7 +245,7 @@ def _import(
         if template is not None:
             native = stack.enter_context(opened(framework, template))
             fill_template(contents, native, framework, mapping, allow_unused, allow_missing, cast, journey)
-            expected = {name: Witnessed(tensor) for name, tensor in journey.tensors.items()}
+            built, expected = None, {name: Witnessed(tensor) for name, tensor in journey.tensors.items()}
             work = stack.enter_context(work_beside(target))
             framework.writer().fill(template, expected, work / target.name)
         else:
@@ -254,7 +254,7 @@ def _import(
             work = stack.enter_context(work_beside(target))
             framework.writer().build(built, manifest, work / target.name)
         if not target.name.endswith(".pt2"):
-            compare_written(framework, work / target.name, target, expected, by_name=template is not None)
+            compare_written(framework, work / target.name, target, expected, built)
         move_into_place(work, target, force)
     return _report(target, journey, count, started)
 

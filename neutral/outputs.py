@@ -129,22 +129,32 @@ def _check_replaceable(goal: Path, made: Path) -> None:
 
 
 def compare_written(
-    framework: Framework, written: Path, target: Path, expected: Mapping[str, Witnessed], *, by_name: bool
+    framework: Framework, written: Path, target: Path, expected: Mapping[str, Witnessed], built: NativeModel | None
 ) -> None:
-    """Read the output back with the reader and compare every element with what was meant."""
+    """Read the output back with the reader and compare every element with what was meant.
+
+    A tensor is found by its name, or, in a new file whose format names tensors in its own way, by its layer and local
+    name. What has neither (a layer's name that the format had to change) must be there under another one.
+    """
+    places = {
+        t.name: (layer.path, local) for layer in (built.layers if built else ()) for local, t in layer.tensors.items()
+    }
     with opened(framework, written) as native:
-        found = {tensor.name: tensor.data for tensor in native.tensors()}
-        if by_name:
-            for tensors in native.collections.values():
-                found.update({tensor.name: tensor.data for tensor in tensors})
-            missing = [name for name in expected if name not in found]
-            again = _crcs([found[name] for name in expected if name in found])
-            there = [name for name in expected if name in found]
-            wrong = [name for name, crc in zip(there, again, strict=True) if crc != expected[name].crc()]
-        else:
-            wanted = sorted((tensor.nbytes, tensor.crc()) for tensor in expected.values())
-            got = sorted(zip((t.nbytes for t in found.values()), _crcs(list(found.values())), strict=True))
-            missing, wrong = [], ([] if wanted == got else ["weights"])
+        named = {tensor.name: tensor.data for tensor in native.tensors()}
+        for tensors in native.collections.values():
+            named.update({tensor.name: tensor.data for tensor in tensors})
+        placed = {(layer.path, local): t.data for layer in native.layers for local, t in layer.tensors.items()}
+        found = {name: named.get(name, placed.get(places.get(name, ("", "")))) for name in expected}
+        there = {name: tensor for name, tensor in found.items() if tensor is not None}
+        again = _crcs(list(there.values()))
+        wrong = [name for name, crc in zip(there, again, strict=True) if crc != expected[name].crc()]
+        missing = [name for name in expected if name not in there]
+        if missing and built is not None:
+            used = {id(tensor) for tensor in there.values()}
+            others = [tensor for tensor in named.values() if id(tensor) not in used]
+            wanted = sorted((expected[name].nbytes, expected[name].crc()) for name in missing)
+            if wanted == sorted(zip((tensor.nbytes for tensor in others), _crcs(others), strict=True)):
+                missing = []
     if missing or wrong:
         names = ", ".join((missing + wrong)[:5])
         raise NeutralError(
