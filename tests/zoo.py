@@ -538,7 +538,10 @@ def normalization(d: Sizes) -> Iterator[Case]:
         layer("layer", "BatchNorm2d", num_features=d(3), eps=0.03, affine=False),
         layer("layer", "BatchNormalization", epsilon=0.03, scale=False, center=False),
     )
-    for name, options in (("center_only", {"scale": False}), ("scale_only", {"center": False})):
+    for name, options, lacks in (
+        ("center_only", {"scale": False}, "scale in layer"),
+        ("scale_only", {"center": False}, "bias in layer"),
+    ):
         yield case(
             f"batch_norm2d_{name}",
             "batch_norm",
@@ -546,7 +549,7 @@ def normalization(d: Sizes) -> Iterator[Case]:
             layer("layer", "BatchNorm2d", num_features=d(3), eps=0.03),
             layer("layer", "BatchNormalization", epsilon=0.03, **options),
             may_refuse=TO_TORCH,
-            refusals=refused("torch", KERAS, ""),
+            refusals=refused("torch", KERAS, lacks),
             notes="torch has both or none: the missing one becomes ones or zeros; random ones do not fit into Keras",
         )
     yield case(
@@ -636,7 +639,7 @@ def prelu(d: Sizes) -> Iterator[Case]:
         image,
         None,
         layer("layer", "PReLU"),
-        refusals=refused(KERAS, "torch", "shared"),
+        refusals=refused(KERAS, "torch", "slopes"),
         absent={"torch": "one slope per channel, or one for all"},
     )
 
@@ -775,7 +778,7 @@ def attention(d: Sizes) -> Iterator[Case]:
         None,
         layer("layer", "MultiHeadAttention", of=("x0", "x0"), num_heads=heads, key_dim=key, value_dim=d(7, 2)),
         blind=blind,
-        refusals=refused(KERAS, "torch", "value"),
+        refusals=refused(KERAS, "torch", "projections"),
         absent={"torch": "values have the size of keys"},
     )
     yield case(
@@ -791,7 +794,7 @@ def attention(d: Sizes) -> Iterator[Case]:
             add_bias_kv=True,
             batch_first=True,
         ),
-        refusals=refused("torch", KERAS, "bias_k"),
+        refusals=refused("torch", KERAS, "an extra key"),
         absent={"keras": "no learned extra key and value", "tensorflow": "no learned extra key and value"},
     )
 
