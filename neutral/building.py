@@ -16,7 +16,7 @@ from neutral.canon import Written, binding_for, native_tensors, recognise
 from neutral.canonical import CanonicalLayer, CanonicalTensor
 from neutral.conventions.forms import Convention
 from neutral.errors import Problem, Refused, raise_all
-from neutral.filling import same_family, undecided_problem
+from neutral.filling import flatten_remark, same_family, undecided_problem
 from neutral.frameworks import Framework
 from neutral.journey import Journey
 from neutral.native import NativeLayer, NativeModel, NativeTensor
@@ -149,6 +149,7 @@ def _foreign_model(
                 )
             )
             continue
+        journey.warnings += [] if whole else flatten_remark(contents, layer, origin, convention)
         written = native_tensors(binding, [layer], convention, where=layer.path)
         journey.take(written)
         separator = "/" if framework.name in ("tensorflow", "keras") else "."

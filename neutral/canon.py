@@ -238,7 +238,8 @@ def read_layers(
     """Every native layer with what is known of it and the canonical layers in it.
 
     `kinds` maps globs on layer paths to kinds. `flatten` names every layer that crosses a Flatten or Reshape, with the
-    channels of its axes ({"fc1": {"in": 16}}); once it is given, all other layers cross none.
+    channels of its axes ({"fc1": {"in": 16}}); empty, it says that none does. A layer that it leaves out crosses none if it
+    takes what the layer before it makes; else it stays undecided.
     """
     hints = kinds or {}
     known = [recognise(layer, convention, _hint(layer.path, hints)) for layer in model.layers]
@@ -253,7 +254,7 @@ def read_layers(
             for name in unmatched
         ),
     )
-    crossing = _Crossing.of(known)
+    crossing = _Crossing.of(known, convention)
     layers: list[tuple[Known, list[CanonicalLayer]]] = []
     problems: list[Problem] = []
     for item in known:
@@ -271,27 +272,53 @@ def _hint(path: str, hints: Mapping[str, str]) -> str | None:
 
 @dataclass(frozen=True)
 class _Crossing:
-    """The channel counts of all convolutions of a model: what a Flatten or Reshape could have on its other side."""
+    """What a model without a graph tells of its Flattens: `channels` of its convolutions, which a Flatten could join;
+    `joined`, the sizes of its dense layers; and per layer the size that the layer before it makes."""
 
     channels: frozenset[int]
+    joined: frozenset[int]
+    before: Mapping[str, int]
 
     @classmethod
-    def of(cls, known: Sequence[Known]) -> _Crossing:
-        found: set[int] = set()
+    def of(cls, known: Sequence[Known], convention: Convention) -> _Crossing:
+        channels: set[int] = set()
+        joined: set[int] = set()
+        before: dict[str, int] = {}
+        last = 0
         for item in known:
+            shapes = [tensor.data.shape for tensor in item.layer.tensors.values() if not tensor.state]
+            if not shapes:
+                continue
+            before[item.layer.path] = last
+            largest = max(shapes, key=len)
             if item.binding is None:
-                shapes = (tensor.data.shape for tensor in item.layer.tensors.values())
-                found.update(n for shape in shapes if len(shape) >= 3 for n in shape)
-            elif _kind_of(item.binding) in _WITH_SPACE:
-                for bound in item.binding.parts:
-                    found.update(bound.sizes[axis] for axis in ("in", "out", "channel", "group") if axis in bound.sizes)
-        return cls(frozenset(found))
+                channels.update(n for shape in shapes if len(shape) >= 3 for n in shape)
+                joined.update(n for shape in shapes if len(shape) == 2 for n in shape)
+                last = (largest[0] if convention.flatten == "channel position" else largest[-1]) if largest else 0
+                continue
+            for bound in item.binding.parts:
+                sizes, kind = bound.sizes, bound.part.kind
+                made = [sizes[axis] for axis in ("in", "out", "channel", "group") if axis in sizes]
+                if kind in _WITH_SPACE:
+                    channels.update(made)
+                if kind == "dense":
+                    joined.update(made)
+                depth = sizes["group"] * sizes["mult"] if "mult" in sizes else 0
+                last = depth or next((sizes[n] for n in ("channel", "out", "feature", "unit") if n in sizes), 0)
+        return cls(frozenset(channels), frozenset(joined), before)
 
-    def may(self, axis: str, kind: str, size: int) -> bool:
-        """True if an axis of this size may join channels and positions, of one feature map or of several."""
-        if kind != "dense" and size in self.channels:
+    def may(self, path: str, kind: str, size: int) -> bool:
+        """True if an axis of this size may join channels and positions, of one feature map or of several.
+
+        A norm that does may only stand beside a dense layer of its size, and not behind a layer that makes this size.
+        """
+        if not any(1 < c < size for c in self.channels):
             return False
-        return any(1 < c < size for c in self.channels)
+        return kind == "dense" or (size in self.joined and not self.follows(path, size))
+
+    def follows(self, path: str, size: int) -> bool:
+        """True if the layer before makes just what an axis of this size takes."""
+        return self.before.get(path) == size
 
 
 _WITH_SPACE = ("conv", "conv_transpose", "depthwise", "separable")
@@ -309,8 +336,8 @@ def _canonical(
     state = {local: _raw(local, tensor) for local, tensor in layer.tensors.items() if tensor.state}
     if known.binding is None:
         tensors = {local: _raw(local, tensor) for local, tensor in layer.tensors.items()}
-        given = splits.get(layer.path) if flatten is None else flatten.get(layer.path, {})
-        doubts = () if given is not None else _doubts(known, crossing)
+        given = _given(layer.path, layer.path, splits, flatten)
+        doubts = () if given is not None else _doubts(known, crossing, bool(flatten))
         return [
             CanonicalLayer(
                 path=layer.path,
@@ -364,14 +391,11 @@ def _flattened(
     """The axes of a layer that cross a Flatten with their channels, and those of which that is not known."""
     if kind not in _MAY_CROSS:
         return {}, ()
-    given = (
-        splits.get(path, splits.get(native_path))
-        if flatten is None
-        else flatten.get(path, flatten.get(native_path, {}))
-    )
+    given = _given(path, native_path, splits, flatten)
     axes = {axis: sizes[axis] for axis in _MAY_CROSS[kind] if axis in sizes}
     if given is None:
-        return {}, tuple(axis for axis, size in axes.items() if crossing.may(axis, kind, size))
+        open_axes = (axis for axis, n in axes.items() if _open(native_path, kind, axis, n, crossing, bool(flatten)))
+        return {}, tuple(open_axes)
     wanted = {("feature" if "feature" in axes else axis): n for axis, n in given.items()}
     for axis, n in wanted.items():
         if axis not in axes or n <= 0 or axes[axis] % n:
@@ -380,12 +404,39 @@ def _flattened(
     return {axis: n for axis, n in wanted.items() if 1 < n < axes[axis]}, ()
 
 
-def _doubts(known: Known, crossing: _Crossing) -> tuple[str, ...]:
+def _given(
+    path: str,
+    native_path: str,
+    splits: Mapping[str, Mapping[str, int]],
+    flatten: Mapping[str, Mapping[str, int]] | None,
+) -> Mapping[str, int] | None:
+    """What the user or the graph says of a layer's Flatten; None if nobody does."""
+    if flatten is not None:
+        told = flatten.get(path, flatten.get(native_path))
+        if told is not None or not flatten:
+            return told or {}
+    return splits.get(path, splits.get(native_path))
+
+
+def _open(path: str, kind: str, axis: str, size: int, crossing: _Crossing, listed: bool) -> bool:
+    """True if it must be asked whether an axis crosses a Flatten.
+
+    Where the user has `listed` layers that do, another is taken to cross none if it takes what the layer before it makes.
+    """
+    if listed and (axis == "out" or crossing.follows(path, size)):
+        return False
+    return crossing.may(path, kind, size)
+
+
+def _doubts(known: Known, crossing: _Crossing, listed: bool) -> tuple[str, ...]:
     """The axes of a layer of unknown kind that may cross a Flatten, whichever of its candidates it is."""
+    path = known.layer.path
     sizes = {n for tensor in known.layer.tensors.values() for n in tensor.data.shape if len(tensor.data.shape) <= 2}
     kinds = [kind for kind in known.candidates if kind in _MAY_CROSS]
-    axes = {axis for kind in kinds for axis in _MAY_CROSS[kind] if any(crossing.may(axis, kind, n) for n in sizes)}
-    return tuple(sorted(axes))
+    if listed and any(crossing.follows(path, n) for n in sizes):
+        return ()
+    pairs = {(kind, axis) for kind in kinds for axis in _MAY_CROSS[kind]}
+    return tuple(sorted({a for kind, a in pairs if any(_open(path, kind, a, n, crossing, listed) for n in sizes)}))
 
 
 def _part_tensors(

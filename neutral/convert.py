@@ -23,11 +23,12 @@ from neutral.archive import SUFFIX, Archive, Contents, describe, file_digest, op
 from neutral.building import build_model
 from neutral.containers.files import check_output, refuse_same
 from neutral.errors import Problem, Refused, Unsupported, WrongUsage
-from neutral.filling import fill_template
+from neutral.filling import fill_template, is_chain, same_family
 from neutral.frameworks import ARCHIVE, FRAMEWORKS
 from neutral.journey import Journey
-from neutral.match import Pair
+from neutral.match import Pair, named_pairs
 from neutral.native import Witnessed
+from neutral.origin import origin_of
 from neutral.outputs import (
     check_target,
     compare_written,
@@ -265,7 +266,7 @@ def _report(out: Path | None, journey: Journey, layers: int, started: float) -> 
         out,
         tuple(journey.pairs),
         losses,
-        tuple(journey.warnings),
+        tuple(dict.fromkeys(journey.warnings)),
         tuple(dict.fromkeys(journey.notes)),
         layers,
         time.monotonic() - started,
@@ -309,13 +310,21 @@ def digest(
 
 
 def diff(a: Model, b: Model, *, key: str | None = None) -> Difference:
-    """Compare the weights of two models in canonical form, names left out where digests pair the layers."""
+    """Compare the weights of two models in canonical form.
+
+    Layers of equal names are compared with each other; names that only count layers are none if the two sides count
+    otherwise. The others are paired by their digests. Where both models are chains their order counts, too.
+    """
     from neutral.verify import differing
 
     with export_model(a, key=key) as left, export_model(b, key=key) as right:
         _check_file(left)
         _check_file(right)
-        lines = differing(left, right)
+        sides = [(archive.contents, origin_of(archive.contents).convention()) for archive in (left, right)]
+        paths = [[layer.path for layer in contents.layers if layer.weights] for contents, _ in sides]
+        named = named_pairs(paths[0], paths[1], same_family(sides[0][1], sides[1][1]))
+        chains = (is_chain(contents.ordered, contents.source.settings, origin) for contents, origin in sides)
+        lines = differing(left, right, named, all(chains))
     return Difference(not lines, tuple(lines))
 
 

@@ -39,8 +39,8 @@ def fill_template(
     theirs = [layer for _, layers in known for layer in layers]
     alike = same_family(origin, convention)
     pairing = pair_layers(
-        Side(contents.layers, _is_chain(contents.ordered, contents.source.settings, origin), contents.graph),
-        Side(theirs, _is_chain(template.ordered, template.metadata, convention), template.graph),
+        Side(contents.layers, is_chain(contents.ordered, contents.source.settings, origin), contents.graph),
+        Side(theirs, is_chain(template.ordered, template.metadata, convention), template.graph),
         mapping=mapping,
         allow_unused=allow_unused,
         allow_missing=allow_missing,
@@ -51,11 +51,11 @@ def fill_template(
     partner = {pair.target: sources[pair.source] for pair in pairing.pairs}
     told = ("config" in contents.source.settings, template.metadata.get("config") is not None)
     for item, layers in known:
-        _fill_layer(contents, item, layers, partner, convention, origin, alike, told, cast, journey)
+        _fill_layer(contents, item, layers, partner, convention, origin, alike, told, template.splits, cast, journey)
     raise_all(Refused, journey.problems)
 
 
-def _is_chain(ordered: bool, settings: Mapping[str, Any], convention: Convention) -> bool:
+def is_chain(ordered: bool, settings: Mapping[str, Any], convention: Convention) -> bool:
     """True if the order of the layers is that of computation and no two of them stand side by side.
 
     That is so in a Sequential. Another Keras model may branch; then its graph tells which layers follow each other.
@@ -88,6 +88,7 @@ def _fill_layer(
     origin: Convention,
     alike: bool,
     told: tuple[bool, bool],
+    splits: Mapping[str, Mapping[str, int]],
     cast: bool,
     journey: Journey,
 ) -> None:
@@ -127,7 +128,10 @@ def _fill_layer(
             problems, remarks = differing_settings(layer, goal, alike)
             journey.problems += problems
             journey.warnings += remarks
-            ready.append(_reconciled(layer, goal, origin, convention, told))
+            goal_told = native.path in splits or goal.path in splits
+            ready.append(_reconciled(layer, goal, origin, convention, told, goal_told))
+            if not goal_told:
+                journey.warnings += flatten_remark(contents, layer, origin, convention)
             if ready[-1].channels and (layer.undecided or goal.undecided) and origin.flatten != convention.flatten:
                 whose, which = ("source", origin) if layer.undecided else ("template", convention)
                 journey.warnings.append(
@@ -248,22 +252,38 @@ def _raw_native(layer: CanonicalLayer) -> NativeLayer:
 
 
 def _reconciled(
-    layer: CanonicalLayer, goal: CanonicalLayer, origin: Convention, convention: Convention, told: tuple[bool, bool]
+    layer: CanonicalLayer,
+    goal: CanonicalLayer,
+    origin: Convention,
+    convention: Convention,
+    told: tuple[bool, bool],
+    goal_told: bool,
 ) -> CanonicalLayer:
-    """The layer with its Flatten axes as the template has them, or `Refused` where neither side knows them.
+    """The layer with its Flatten axes as the template's graph has them (`goal_told`), else as the source has them.
 
     A side without a config is taken to flatten as its framework does by itself; one whose config (`told`, of source
-    and template) leaves the layer open flattens in a way of its own.
+    and template) leaves the layer open flattens in a way of its own. What neither side knows is `Refused`.
     """
-    if origin.flatten != convention.flatten and ((layer.undecided and told[0]) or (goal.undecided and told[1])):
+    differ = origin.flatten != convention.flatten
+    if differ and ((layer.undecided and told[0]) or (goal.undecided and told[1])):
         raise Refused(undecided_problem(layer if layer.undecided else goal))
-    if not goal.undecided:
+    if goal_told:
         return (
             _decided(layer, dict(goal.channels), origin) if layer.undecided else replace(layer, channels=goal.channels)
         )
-    if layer.undecided and origin.flatten != convention.flatten:
+    if layer.undecided and differ:
         raise Refused(undecided_problem(layer))
     return layer
+
+
+def flatten_remark(contents: Contents, layer: CanonicalLayer, origin: Convention, convention: Convention) -> list[str]:
+    """What to say of a dense layer of which nothing tells whether it follows a Flatten, not even a convolution."""
+    untold = contents.graph is None and contents.source.settings.get("flatten") is None
+    if layer.kind != "dense" or layer.channels or layer.undecided or not untold or origin.flatten == convention.flatten:
+        return []
+    return [
+        "nothing says whether a dense layer follows a Flatten; taken to follow none (--flatten LAYER=CHANNELS, if one does)"
+    ]
 
 
 def _decided(layer: CanonicalLayer, channels: dict[str, int], origin: Convention) -> CanonicalLayer:
@@ -301,5 +321,5 @@ def undecided_problem(layer: CanonicalLayer) -> Problem:
         layer.path,
         f"{sizes or 'an axis'} that may cross a Flatten (or Reshape)",
         "to know its channels, for frameworks flatten in different orders",
-        f"export again with --flatten {layer.path}=CHANNELS for each layer behind a Flatten, or --flatten none",
+        f"export again with --flatten {layer.path}=CHANNELS if it is behind a Flatten, --flatten {layer.path}=none if not; --flatten none if no layer is",
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -84,7 +84,7 @@ def pair_layers(
     problems: list[Problem] = []
     _by_map(left, right, mapping or {}, pairs, problems)
     raise_all(Refused, problems)
-    _by_name(left, right, alike, pairs, problems)
+    _by_name(source, target, left, right, alike, pairs, problems)
     raise_all(Refused, problems)
     _by_structure(source, target, left, right, pairs, problems)
     unused = tuple(path for path in left if any(fnmatchcase(path, p) for p in allow_unused))
@@ -141,40 +141,89 @@ def _by_map(
 
 
 def _by_name(
+    source: Side,
+    target: Side,
     left: dict[str, CanonicalLayer],
     right: dict[str, CanonicalLayer],
     alike: bool,
     pairs: dict[str, Pair],
     problems: list[Problem],
 ) -> None:
-    ours, theirs = _index(left), _index(right)
-    for name in ours.keys() & theirs.keys():
-        if len(ours[name]) > 1 or len(theirs[name]) > 1:
-            continue
-        if not alike and name.replace(".", "").isdigit():
-            continue  # one counts modules, the other layers
-        source, target = ours[name][0], theirs[name][0]
-        if reason := conflicts(left[source], right[target]):
+    found = named_pairs(list(left), list(right), alike)
+    for path, other in found.items():
+        if reason := conflicts(left[path], right[other]):
             problems.append(
                 Problem(
-                    f"{source} -> {target}",
+                    f"{path} -> {other}",
                     f"equal names but {reason}",
                     "layers of one kind and size",
-                    _advice(left[source], right[target]),
+                    "pair the layers in a --map file",
                 )
             )
         else:
-            pairs[source] = Pair(source, target, "name" if source == target else "name, normalised")
+            pairs[path] = Pair(path, other, "name" if path == other else "name, normalised")
+    problems.extend(_out_of_order(source, target, left, found))
     _remove(left, right, pairs)
 
 
-def _advice(source: CanonicalLayer, target: CanonicalLayer) -> str:
-    if source.kind == target.kind == "unknown":
-        return f"say with --kind '{source.path}=KIND' what it is"
-    return "pair the layers in a --map file"
+def named_pairs(left: Sequence[str], right: Sequence[str], alike: bool) -> dict[str, str]:
+    """Layers of equal names. A counted name (`dense_1`, `layers.2`) is one only if both sides count the same ones.
+
+    Frameworks count layers from where they stand: a second model in one session, or a layer more in front, shifts the
+    numbers. Across frameworks (not `alike`) bare numbers are no names at all: one counts modules, the other layers.
+
+    >>> named_pairs(["fc", "dense_1"], ["fc", "dense_1"], True)
+    {'fc': 'fc', 'dense_1': 'dense_1'}
+    >>> named_pairs(["fc", "dense", "dense_1"], ["fc", "dense_1", "dense_2"], True)
+    {'fc': 'fc'}
+    """
+    ours, theirs = _index(left), _index(right)
+    counted: dict[str, list[set[str]]] = {}
+    for side, names in enumerate((ours, theirs)):
+        for name in names:
+            counted.setdefault(_uncounted(name), [set(), set()])[side].add(name)
+    found = {}
+    for name, paths in ours.items():
+        if len(paths) > 1 or len(theirs.get(name, ())) != 1:
+            continue
+        mine, other = counted[_uncounted(name)]
+        shifted = len(mine | other) > 1 and mine != other
+        if shifted or (not alike and name.replace(".", "").isdigit()):
+            continue
+        found[paths[0]] = theirs[name][0]
+    return found
 
 
-def _index(layers: Mapping[str, CanonicalLayer]) -> dict[str, list[str]]:
+def _uncounted(name: str) -> str:
+    """A name without the number that its framework may have given it."""
+    return re.sub(r"(^|[._])\d+$", "", name)
+
+
+def _out_of_order(
+    source: Side, target: Side, left: Mapping[str, CanonicalLayer], found: Mapping[str, str]
+) -> Iterator[Problem]:
+    """Layers of one kind and size whose counted names say another order than both models compute in."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for path in (layer.path for layer in source.layers if layer.path in found):
+        layer = left[path]
+        counted = _uncounted(normalised(path))
+        if counted != normalised(path) or any(_uncounted(normalised(p)) == counted for p in found if p != path):
+            shapes = tuple(sorted((role, t.data.shape) for role, t in layer.weights.items()))
+            groups.setdefault((counted, layer.kind, shapes), []).append(path)
+    order = {layer.path: i for i, layer in enumerate(target.layers)}
+    for paths in groups.values():
+        others = [found[path] for path in paths]
+        by_place = sorted(others, key=order.__getitem__)
+        if others != by_place and _in_order(source, paths) and _in_order(target, by_place):
+            yield Problem(
+                f"{', '.join(paths)} -> {', '.join(others)}",
+                "counted names that contradict the order of computation",
+                "one that both agree on",
+                "pair the layers in a --map file",
+            )
+
+
+def _index(layers: Iterable[str]) -> dict[str, list[str]]:
     index: dict[str, list[str]] = {}
     for path in layers:
         index.setdefault(normalised(path), []).append(path)

@@ -151,7 +151,11 @@ def canonical_contents(
         format=native.format,
         key=key,
         order=tuple(tensor.name for tensor in native.tensors()),
-        settings={**_plain(native.metadata), **forms([known for known, _ in pairs], framework.convention())},
+        settings={
+            **_plain(native.metadata),
+            **forms([known for known, _ in pairs], framework.convention()),
+            **_told_flatten(flatten),
+        },
     )
     return Contents(layers, source, native.graph, native.ordered, native.collections, (), native.notes)
 
@@ -207,4 +211,10 @@ def _hinted(
         for _, found in read_layers(native, framework.convention(), kinds=kinds, flatten=flatten)
         for layer in found
     )
-    return replace(contents, layers=layers)
+    settings = {**contents.source.settings, **_told_flatten(flatten)}
+    return replace(contents, layers=layers, source=contents.source.model_copy(update={"settings": settings}))
+
+
+def _told_flatten(flatten: Mapping[str, Mapping[str, int]] | None) -> dict[str, Any]:
+    """What the user said of the Flattens, kept beside the settings of the source."""
+    return {} if flatten is None else {"flatten": {path: dict(axes) for path, axes in flatten.items()}}

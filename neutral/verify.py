@@ -20,44 +20,52 @@ if TYPE_CHECKING:
     from neutral.archive import Archive
 
 
-def differing(a: Archive, b: Archive) -> list[str]:
+def differing(a: Archive, b: Archive, named: Mapping[str, str], in_order: bool) -> list[str]:
     """One line per layer or parameter in which two models differ.
 
-    Layers that are equal are paired by their digests, whatever they are called; the others by name, then in order.
+    `named` pairs layers of equal names: they are held against each other. The others are paired by their digests,
+    whatever they are called, and what is left by kind and shapes. `in_order` says that both models list their layers in
+    the order of computation, which must then be the same.
     """
     from neutral.archive import layer_digests
 
-    if a.manifest.weights_digest == b.manifest.weights_digest:
-        return []
     left, right = layer_digests(a.manifest.layers), layer_digests(b.manifest.layers)
+    unlike = {path: other for path, other in named.items() if left[path] != right[other]}
     rest: dict[str, list[str]] = {}
     for path, found in right.items():
-        rest.setdefault(found, []).append(path)
+        if path not in named.values():
+            rest.setdefault(found, []).append(path)
     mine = []
     for path, found in left.items():
+        if path in named:
+            continue
         if rest.get(found):
-            rest[found].remove(path if path in rest[found] else rest[found][0])
+            rest[found].pop(0)
         else:
             mine.append(path)
     theirs = [path for paths in rest.values() for path in paths]
     order = {layer.path: i for i, layer in enumerate(b.manifest.layers)}
     theirs.sort(key=lambda path: order[path])
-    return list(_compared(a, b, mine, theirs))
+    lines = list(_compared(a, b, unlike, mine, theirs))
+    if not lines and in_order and list(left.values()) != list(right.values()):
+        ways = (" ".join(map(printable, paths)) for paths in (left, right))
+        lines.append(f"the same layers in another order of computation: {' and '.join(ways)}")
+    return lines
 
 
-def _compared(a: Archive, b: Archive, mine: list[str], theirs: list[str]) -> Iterator[str]:
+def _compared(a: Archive, b: Archive, unlike: Mapping[str, str], mine: list[str], theirs: list[str]) -> Iterator[str]:
     ours = {layer.path: layer for layer in a.manifest.layers}
     others = {layer.path: layer for layer in b.manifest.layers}
+    pairs: list[tuple[str, str | None]] = list(unlike.items())
     for path in mine:
-        partner = (
-            path
-            if path in theirs
-            else next((p for p in theirs if p not in mine and _alike(ours[path], others[p])), None)
-        )
+        partner = next((p for p in theirs if _alike(ours[path], others[p])), None)
+        if partner is not None:
+            theirs.remove(partner)
+        pairs.append((path, partner))
+    for path, partner in pairs:
         if partner is None:
             yield f"{printable(path)}: only in the first ({_kind(ours[path])})"
             continue
-        theirs.remove(partner)
         name = printable(path) if path == partner else f"{printable(path)} / {printable(partner)}"
         if _kind(ours[path]) != _kind(others[partner]):
             yield f"{name}: {_kind(ours[path])} against {_kind(others[partner])}"
