@@ -132,10 +132,27 @@ def test_who_knows_the_flatten_decides(as_graph: bool) -> None:
     layers = (CONV, native("fc", "Linear", weight=(10, 72)), native("head", "Linear", weight=(10, 72)))
     known = {"fc": {"in": 8}, "head": {}}
     model = torch_model(*layers, splits=known if as_graph else {})
-    _, fc, head = canonical_layers(model, TORCH, flatten=None if as_graph else {"fc": {"in": 8}})
+    _, fc, head = canonical_layers(model, TORCH, flatten=None if as_graph else known)
     assert fc.channels == {"in": 8} and not fc.undecided
-    assert not head.channels and not head.undecided, "naming one means that all others cross none"
+    assert not head.channels and not head.undecided
     assert fine_axes(fc, fc.tensors["kernel"]) == ((("out", 10),), (("channel", 8), ("position", 9)))
+
+
+def test_a_layer_that_is_not_named_crosses_none_only_if_it_follows_the_one_before() -> None:
+    fc, after = native("fc", "Linear", weight=(10, 72)), native("after", "Linear", weight=(9, 10))
+    model = torch_model(CONV, fc, after, native("other", "Linear", weight=(5, 72)))
+    *_, plain, open_one = canonical_layers(model, TORCH, flatten={"fc": {"in": 8}})
+    assert not plain.undecided and open_one.undecided == ("in",)
+    assert not any(layer.undecided or layer.channels for layer in canonical_layers(model, TORCH, flatten={}))
+
+
+def test_a_norm_behind_a_flatten_may_have_as_many_features_as_a_convolution_has_channels() -> None:
+    first, second = native("c1", "Conv2d", weight=(16, 3, 3, 3)), native("c2", "Conv2d", weight=(4, 16, 3, 3))
+    four = {"weight": (16,), "bias": (16,), "running_mean": (16,), "running_var": (16,)}
+    norm, fc = native("bn", "BatchNorm1d", **four), native("fc", "Linear", weight=(5, 16))
+    assert canonical_layers(torch_model(first, second, norm, fc), TORCH)[2].undecided == ("feature",)
+    assert canonical_layers(torch_model(first, second, norm, fc), TORCH, flatten={"fc": {"in": 4}})[2].undecided
+    assert not canonical_layers(torch_model(first, norm, second), TORCH)[1].undecided
 
 
 def test_channels_must_divide() -> None:

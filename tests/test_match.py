@@ -121,7 +121,24 @@ def test_layers_without_weights_need_no_partner() -> None:
 def test_numbers_are_names_only_where_both_count_alike() -> None:
     source, target = [layer("0"), layer("1", kernel=(5, 3))], [layer("1"), layer("2", kernel=(5, 3))]
     assert pairs(source, target) == {"0": "1", "1": "2"}
-    assert "equal names" in refusal(source, target, alike=True)
+    assert pairs(source, target, alike=True) == {"0": "1", "1": "2"}, "the numbers are shifted, the shapes are not"
+    assert "equal names" in refusal(source, [layer("1"), layer("0", kernel=(5, 3))], alike=True)
+
+
+def test_shifted_numbers_do_not_swap_equal_layers() -> None:
+    """A layer more in front: `dense_1` of one model is `dense_2` of the other."""
+    source, target = [layer("dense"), layer("dense_1")], [layer("dense_1"), layer("dense_2")]
+    assert "candidates" in refusal(source, target, alike=True)
+    ordered = pair_layers(Side(source, chain=True), Side(target, chain=True), alike=True)
+    assert {pair.source: pair.target for pair in ordered.pairs} == {"dense": "dense_1", "dense_1": "dense_2"}
+
+
+def test_counted_names_must_not_contradict_the_order_of_computation() -> None:
+    source, target = [layer("dense"), layer("dense_1")], [layer("dense_1"), layer("dense")]
+    with pytest.raises(Refused, match="contradict the order"):
+        pair_layers(Side(source, chain=True), Side(target, chain=True), alike=True)
+    named = pair_layers(Side(source), Side(target), alike=True)
+    assert {pair.source: pair.target for pair in named.pairs} == {"dense": "dense", "dense_1": "dense_1"}
 
 
 def test_an_unknown_layer_pairs_with_what_it_can_be() -> None:
