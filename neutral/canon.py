@@ -140,7 +140,7 @@ def _bindings(layer: NativeLayer, convention: Convention, hint: str | None) -> t
     if layer.cls is not None and hint is None:
         forms = (*convention.build(layer.cls, layer.config), *named)
     else:
-        forms = [f for f in convention.forms if f.guessable]
+        forms = [f for f in convention.forms if f.guessable or hint is not None]
     found, reasons = [], []
     for form in forms:
         if hint is not None and not any(compatible(part.kind, hint) for part in form.parts):

@@ -125,7 +125,7 @@ class Form:
     """How the native `classes` store their layers.
 
     `applies` looks at the native config where there is one. `levels`: the single part repeats per level of a stack.
-    `guessable`: the form may be recognised from names and shapes where the class is not known.
+    `guessable`: the form may be recognised from names and shapes where neither class nor hint is known.
     """
 
     classes: tuple[str, ...]

@@ -1,4 +1,8 @@
-"""How neutral's own .npz files store layers: canonical roles and canonical axes, fused where the kind fuses them."""
+"""How neutral's own .npz files store layers: canonical roles and canonical axes, fused where the kind fuses them.
+
+No form is guessed: the arrays of a foreign file may have the same names in other axes. Neutral's own files say what
+their layers are; of others the user does.
+"""
 
 from __future__ import annotations
 
@@ -44,13 +48,14 @@ def _forms() -> tuple[Form, ...]:
             continue
         plain = tuple(Row(role, role, role_expression(kind, role)) for role in cls.parameters_of)
         rows = [_vectors(plain), plain] if plain[0].native == "..." else [plain, *_reparametrized(kind)]
-        forms += [Form((kind,), (layer(kind, *each, attributes=_attributes),)) for each in rows]
+        forms += [Form((kind,), (layer(kind, *each, attributes=_attributes),), guessable=False) for each in rows]
         if "direction" in _RECURRENT.get(kind, ""):
             both = tuple(
                 Row(role, role, f"direction {role_expression(kind, role)}", f"direction {role_expression(kind, role)}")
                 for role in cls.parameters_of
             )
-            forms.append(Form((kind,), (layer(kind, *both, attributes=_attributes, check=_two_directions),)))
+            part = layer(kind, *both, attributes=_attributes, check=_two_directions)
+            forms.append(Form((kind,), (part,), guessable=False))
     return tuple(forms)
 
 
