@@ -157,13 +157,19 @@ def _by_name(
                     f"{path} -> {other}",
                     f"equal names but {reason}",
                     "layers of one kind and size",
-                    "pair the layers in a --map file",
+                    _advice(left[path], right[other]),
                 )
             )
         else:
             pairs[path] = Pair(path, other, "name" if path == other else "name, normalised")
     problems.extend(_out_of_order(source, target, left, found))
     _remove(left, right, pairs)
+
+
+def _advice(source: CanonicalLayer, target: CanonicalLayer) -> str:
+    if source.kind == target.kind == "unknown":
+        return f"say with --kind '{source.path}=KIND' what it is"
+    return "pair the layers in a --map file"
 
 
 def named_pairs(left: Sequence[str], right: Sequence[str], alike: bool) -> dict[str, str]:
