@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
+from neutral.conventions.keras_config import mirrored
 from neutral.conventions.keras_variables import CELL_OF
 from neutral.errors import printable
 from neutral.exporters.keras_builder import Builder
@@ -92,6 +94,16 @@ def rnn(b: Builder, call: Call) -> list[Flow]:
     return [flow]
 
 
+def _settings(layer: Mapping[str, Any]) -> Config:
+    """A recurrent layer's own settings, those of its cell among them."""
+    config = layer.get("config")
+    if not isinstance(config, Mapping):
+        raise Unclear("its backward layer has no config")
+    cell = config.get("cell")
+    inner = cell.get("config") if isinstance(cell, Mapping) else None
+    return {**config, **inner} if isinstance(inner, Mapping) else config
+
+
 def bidirectional(b: Builder, call: Call) -> list[Flow]:
     cls, config = call.inner("layer")
     if cls == "RNN":
@@ -102,6 +114,8 @@ def bidirectional(b: Builder, call: Call) -> list[Flow]:
     backward = call.config.get("backward_layer")
     if isinstance(backward, Mapping) and backward.get("class_name") not in (cls, "RNN"):
         raise Unclear("its two layers are of different classes")
+    if not mirrored(config, _settings(backward) if isinstance(backward, Mapping) else None):
+        raise Unclear("its two layers do not compute alike, the second one backwards")
     _plain_recurrence(b, call, config)
     flow, states = _sequence_input(b, call)
     op, state_count = _RECURRENT[cls]

@@ -343,10 +343,23 @@ def _bidirectional(entry: Config, place: _Place) -> Iterator[Slot]:
             yield _slot(place, f"Bidirectional>{cls}", config, known=False)
             return
         sides.append((cls, layer["config"], _slot(inner, cls, layer["config"], f"{side}_layer/")))
-    (cls, inner_config, first), (other, _, second) = sides
+    (cls, inner_config, first), (other, other_config, second) = sides
     merged = {**inner_config, **place.flags, "bidirectional": True, "merge_mode": config.get("merge_mode", "concat")}
-    cls = cls if cls == other else "Bidirectional"
+    alike = mirrored(inner_config, other_config if config.get("backward_layer") else None)
+    cls = cls if cls == other and alike else "Bidirectional"
     yield Slot(place.path, cls, merged, True, place.group, place.top, place.names, first.holders + second.holders)
+
+
+_SAME_BOTH_WAYS = ("units", "activation", "recurrent_activation", "use_bias", "reset_after")
+
+
+def mirrored(forward: Config, backward: Config | None) -> bool:
+    """True if the two layers of a Bidirectional compute alike, the second one backwards; None: it is made of the first."""
+    if forward.get("go_backwards"):
+        return False
+    if backward is None:
+        return True
+    return bool(backward.get("go_backwards")) and all(forward.get(n) == backward.get(n) for n in _SAME_BOTH_WAYS)
 
 
 def _cells(config: Config, place: _Place) -> Iterator[Slot]:

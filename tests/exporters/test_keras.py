@@ -400,3 +400,20 @@ def test_reading_imports_no_framework(branches: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(branches)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("backward", "alike"),
+    [({}, True), ({"activation": "relu"}, False), ({"recurrent_activation": "hard_sigmoid"}, False)],
+)
+def test_a_bidirectional_whose_layers_differ_is_no_lstm(backward: dict[str, str], alike: bool, tmp_path: Path) -> None:
+    """One kind has one activation: a backward layer with its own must not be read as the forward one's mirror."""
+    both = keras.layers.Bidirectional(
+        keras.layers.LSTM(3), backward_layer=keras.layers.LSTM(3, go_backwards=True, **backward)
+    )
+    path = tmp_path / "model.keras"
+    keras.Sequential([keras.Input((4, 2)), both]).save(path)
+    model = read(path)
+    assert model.layers[0].cls == ("LSTM" if alike else "Bidirectional")
+    assert (model.graph is not None) == alike
+    model.close()
