@@ -2,7 +2,7 @@
 
     model = read(Path("lenet5.pt"))                        a state dict, a checkpoint of one, or a whole pickled module
     model = read(Path("last.ckpt"), key="ema.state_dict")  one of several weight sets in it
-    model = read_live(module)                              a torch.nn.Module
+    model = read_live(module)                              a torch.nn.Module, or a state dict in memory
 
 A file may hold several weight sets (the raw weights and their moving average, two networks). One is never chosen in
 silence: `read` lists them, and `key` names the one wanted.
@@ -279,8 +279,13 @@ def _is_chain(tree: Mapping[str, Any]) -> bool:
 # Live modules
 
 
-def read_live(model: torch.nn.Module) -> NativeModel:
-    """The weights of a live module, without a copy where they lie in main memory. Names as in its state dict."""
+def read_live(model: torch.nn.Module | Mapping[str, Any]) -> NativeModel:
+    """The weights of a live module or state dict, without a copy where they lie in main memory.
+
+    Names are those of the state dict, whose values may be numpy's arrays as well as torch's tensors.
+    """
+    if isinstance(model, Mapping):
+        return _read_state_dict(model)
     tensors = {}
     skipped = []
     import torch
@@ -296,18 +301,45 @@ def read_live(model: torch.nn.Module) -> NativeModel:
     classes: dict[str, ModuleClass] = {}
     tree = _live_tree(model, "", classes)
     modules = _unwrapped(tree, prefix)
-    notes = ["entries that are no tensors, left out: " + listed(skipped)] if skipped else []
-    if prefix:
-        notes.append(f"the prefix {prefix} of every name is left out of the layer paths")
     found = NativeModel(
         "torch",
         "module",
         layers_from_state_dict(tensors, classes),
         ordered=_is_chain(modules),
         metadata={"modules": modules},
-        notes=tuple(notes),
+        notes=_live_notes(skipped, prefix),
     )
     return with_graph(found, modules, capture)
+
+
+def _read_state_dict(state: Mapping[str, Any]) -> NativeModel:
+    tensors = {}
+    skipped = []
+    for name, value in state.items():
+        if isinstance(value, np.ndarray | np.generic):
+            tensors[name] = _live_array(name, value)
+        elif any(cls.__module__ == "torch" and cls.__name__ == "Tensor" for cls in type(value).__mro__):
+            tensors[name] = NativeTensor(name, live_tensor(name, value), _live_identity(value))
+        else:
+            skipped.append(name)
+    if not tensors:
+        raise Refused(Problem("state dict", "no tensor in it", "at least one"))
+    notes = _live_notes(skipped, common_prefix(tensors))
+    return NativeModel("torch", "state-dict", layers_from_state_dict(tensors), notes=notes)
+
+
+def _live_array(name: str, value: np.ndarray[Any, Any] | np.generic) -> NativeTensor:
+    array = np.asarray(value)
+    if array.dtype.newbyteorder("=") not in DTYPES.values():
+        raise Refused(Problem(name, f"an array of {array.dtype}", "one of a dtype that torch has", "convert it first"))
+    place = (array.__array_interface__["data"][0], array.shape, array.strides, array.dtype.str)
+    return NativeTensor(name, from_array(array), ("array", *place) if array is value and array.size else None)
+
+
+def _live_notes(skipped: list[str], prefix: str) -> tuple[str, ...]:
+    left_out = ("entries that are no tensors, left out: " + listed(skipped),) if skipped else ()
+    short = (f"the prefix {prefix} of every name is left out of the layer paths",) if prefix else ()
+    return left_out + short
 
 
 def _live_tree(module: torch.nn.Module, path: str, classes: dict[str, ModuleClass]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from neutral.containers.torch_refs import DTYPES, TensorRef
 from neutral.containers.torch_tree import choose, weight_sets
 from neutral.containers.torch_writing import write_state_dict
 from neutral.errors import Problem, Refused, Unsupported, printable, raise_all
+from neutral.importers.numpy import fill_live as fill_arrays
 from neutral.native import NativeModel, NativeTensor, Tensor, from_array
 
 if TYPE_CHECKING:
@@ -64,11 +65,17 @@ def _values(source: TorchFile, tensors: Mapping[str, Tensor], key: str | None) -
     return choose(source, found, key).tensors(where)
 
 
-def fill_live(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy the tensors into a live module, by the names of its state dict. All are checked before the first is written."""
+def fill_live(model: torch.nn.Module | Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Copy the tensors into a live module, or a state dict of torch's tensors or of numpy's arrays, by their names.
+
+    All are checked before the first is written.
+    """
+    if isinstance(model, Mapping) and all(isinstance(model.get(name), np.ndarray) for name in tensors):
+        fill_arrays(model, tensors)
+        return
     import torch
 
-    state = model.state_dict(keep_vars=True)
+    state = model if isinstance(model, Mapping) else model.state_dict(keep_vars=True)
     problems = []
     shared: dict[object, tuple[str, Tensor]] = {}
     for name, data in tensors.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -92,17 +93,29 @@ def read_source(
         raise
 
 
-_LIVE = (
-    ("torch", "torch.nn.modules.module", "Module"),
-    ("keras", "keras", "Model"),
-    ("tensorflow", "tensorflow", "Module"),
+_TENSOR_OF_A_MODULE = re.compile(
+    r"(weight|bias)(_[a-z0-9_]+)?|in_proj_(weight|bias)|running_(mean|var)|num_batches_tracked"
 )
+
+
+def _is_state_dict(model: Mapping[Any, Any]) -> bool:
+    """True if the names are a torch module's: levels with dots between them, or tensors of the module itself.
+
+    >>> _is_state_dict({"fc.weight": 0, "bias": 0}), _is_state_dict({"fc/kernel": 0}), _is_state_dict({"x": 0})
+    (True, False, False)
+    """
+    return bool(model) and all(
+        isinstance(name, str) and "/" not in name and ("." in name or _TENSOR_OF_A_MODULE.fullmatch(name) is not None)
+        for name in model
+    )
 
 
 def _live_framework(model: object, format: str | None) -> str:
     """The framework of a live object, told by the modules of its classes: nothing is imported for it."""
     if isinstance(model, Mapping):
-        return frameworks.by_format(format)[0] if format else "numpy"
+        if format:
+            return frameworks.by_format(format)[0]
+        return "torch" if _is_state_dict(model) else "numpy"
     for cls in type(model).__mro__:
         root = cls.__module__.partition(".")[0]
         if root == "torch" and cls.__name__ == "Module":

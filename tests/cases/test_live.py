@@ -79,6 +79,39 @@ def test_a_dict_of_arrays() -> None:
     assert m.state_bytes(other) == m.state_bytes(module)
 
 
+@pytest.mark.parametrize("of_numpy", [False, True])
+def test_a_state_dict_is_torchs(of_numpy: bool) -> None:
+    """Its kernels are (out, in): read as canonical arrays, a square one would be right by chance only."""
+    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    module = m.randomized(module, 1)
+    state = {k: v.numpy() if of_numpy else v for k, v in module.state_dict().items()}
+    hint = {"0": "dense", "2": "dense", "1": "batch_norm"}
+    with neutral.export_model(state, kinds=hint) as archive, neutral.export_model(module) as live:
+        assert archive.manifest.source.framework == "torch"
+        assert np.array_equal(archive.tensor("0/kernel").read(), live.tensor("0/kernel").read())
+        assert archive.manifest.weights_digest == live.manifest.weights_digest
+    model = keras.Sequential([keras.Input((3,)), L.Dense(3), L.BatchNormalization(epsilon=1e-5), L.Dense(2)])
+    neutral.import_model(neutral.export_model(state, kinds=hint), into=model)
+    x = m.random(4, 3)
+    m.assert_close(m.run_keras(model, x), m.run_torch(module, x))
+
+
+@pytest.mark.parametrize("of_numpy", [False, True])
+def test_a_state_dict_is_filled_in_place(of_numpy: bool) -> None:
+    source, module = m.randomized(nn.Linear(3, 4), 1), m.randomized(nn.Linear(3, 4), 2)
+    state = {k: v.numpy() if of_numpy else v for k, v in module.state_dict().items()}
+    neutral.import_model(neutral.export_model(source), into=state)
+    assert m.state_bytes(module) == m.state_bytes(source)
+    with pytest.raises(Refused):
+        neutral.import_model(neutral.export_model(nn.Linear(3, 5)), into=state)
+    assert m.state_bytes(module) == m.state_bytes(source)
+
+
+def test_arrays_with_slashes_are_no_state_dict() -> None:
+    with neutral.export_model({"a.b/kernel": np.zeros((3, 2)), "c.weight": np.zeros(2)}) as archive:
+        assert archive.manifest.source.framework == "numpy"
+
+
 def test_arrays_come_out_in_the_dtype_that_they_have() -> None:
     module = nn.Module()
     for i, dtype in enumerate((torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn)):
