@@ -365,7 +365,7 @@ class _Tree:
         parent, _, own = group.rpartition("/")
         if self._listed(parent):
             cls = class_of_group(own)
-            return (cls, "class") if cls else (None, "none")
+            return (cls, "name") if cls else (None, "none")
         name = self.name(group)
         cls = class_of_group(name) if name else self._cell_class(group)
         return (cls, "name") if cls else (None, "none")

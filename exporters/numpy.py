@@ -47,7 +47,8 @@ def read(source: Path, *, key: str | None = None) -> NativeModel:
     states = {f"{path}/{role}": (path, role) for path, told in described.items() for role in _states(told)}
     plain = _layers({name: NativeTensor(name, data, state=name in states) for name, data in tensors.items()}, states)
     layers = tuple(_told(layer, described.get(layer.path)) for layer in plain)
-    splits = {layer.path: _channels(described[layer.path]) for layer in layers if layer.cls is not None}
+    decided = (x.path for x in layers if x.cls is not None and "channels" in described[x.path])
+    splits = {path: _channels(described[path]) for path in decided}
     return NativeModel(framework="numpy", format="npz", layers=layers, splits=splits, close=file.close)
 
 

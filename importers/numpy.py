@@ -67,9 +67,9 @@ def _described(manifest: Manifest) -> dict[str, dict[str, Any]]:
     for layer in manifest.layers:
         states = [role for role, parameter in layer.parameters.items() if parameter.state]
         told: dict[str, Any] = {"states": states} if states else {}
-        if layer.kind != "unknown" and not layer.undecided:
+        if layer.kind != "unknown":
             told |= layer.model_dump(mode="json", exclude_none=True, exclude=set(Layer.model_fields))
-            told["channels"] = layer.channels
+            told |= {} if layer.undecided else {"channels": layer.channels}
         if told:
             found[layer.path] = told
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from neutral.containers.files import new_file
-from neutral.errors import NeutralError, Problem, Refused
+from neutral.errors import NeutralError, Problem, Refused, Unsupported
 from neutral.importers.torch_module import build_module, fill_module, graph_of
 from neutral.native import NativeModel
 from neutral.schema.graph import Graph
@@ -19,7 +19,17 @@ from neutral.schema.manifest import Manifest
 def export(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = False) -> None:
     """Write the graph with its weights as a `torch.export` program. The batch, and each size that is not known, may
     change from call to call where the operators allow it."""
-    import torch
+    try:
+        import torch
+    except ImportError:
+        raise Unsupported(
+            Problem(
+                str(out),
+                "torch missing",
+                "torch, to export a program",
+                "install neutral-weights[torch], or write a .pt",
+            )
+        ) from None
 
     module = build_module(manifest)
     fill_module(module, model)

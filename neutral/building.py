@@ -39,6 +39,19 @@ def build_model(
     else:
         native = _foreign_model(contents, framework, convention, origin, manifest, target, journey)
     raise_all(Refused, journey.problems)
+    whole = target.name.endswith(_WHOLE) and not target.name.endswith(".weights.h5")
+    if whole and contents.graph is None and not same_family(origin, convention):
+        why = next(
+            (note for note in contents.notes if "graph" in note), "the source does not say how its layers are wired"
+        )
+        raise Refused(
+            Problem(
+                str(target),
+                f"an archive without a graph ({why})",
+                "one, to write a whole model",
+                "write weights, or use --into TEMPLATE",
+            )
+        )
     if (
         framework.name in ("keras", "tensorflow")
         and native.graph is None

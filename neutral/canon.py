@@ -273,18 +273,18 @@ def _hint(path: str, hints: Mapping[str, str]) -> str | None:
 @dataclass(frozen=True)
 class _Crossing:
     """What a model without a graph tells of its Flattens: `channels` of its convolutions, which a Flatten could join;
-    `joined`, the sizes of its dense layers; and per layer the size that the layer before it makes."""
+    `joined`, the sizes of its dense layers; and per layer path, kind and size made of the layer `before` it (no norm)."""
 
     channels: frozenset[int]
     joined: frozenset[int]
-    before: Mapping[str, int]
+    before: Mapping[str, tuple[str, str, int]]
 
     @classmethod
     def of(cls, known: Sequence[Known], convention: Convention) -> _Crossing:
         channels: set[int] = set()
         joined: set[int] = set()
-        before: dict[str, int] = {}
-        last = 0
+        before: dict[str, tuple[str, str, int]] = {}
+        last = ("", "", 0)
         for item in known:
             shapes = [tensor.data.shape for tensor in item.layer.tensors.values() if not tensor.state]
             if not shapes:
@@ -294,7 +294,9 @@ class _Crossing:
             if item.binding is None:
                 channels.update(n for shape in shapes if len(shape) >= 3 for n in shape)
                 joined.update(n for shape in shapes if len(shape) == 2 for n in shape)
-                last = (largest[0] if convention.flatten == "channel position" else largest[-1]) if largest else 0
+                if len(largest) > 1:
+                    kind = "dense" if len(largest) == 2 else "conv"
+                    last = (item.layer.path, kind, largest[0 if convention.flatten == "channel position" else -1])
                 continue
             for bound in item.binding.parts:
                 sizes, kind = bound.sizes, bound.part.kind
@@ -304,23 +306,27 @@ class _Crossing:
                 if kind == "dense":
                     joined.update(made)
                 depth = sizes["group"] * sizes["mult"] if "mult" in sizes else 0
-                last = depth or next((sizes[n] for n in ("channel", "out", "feature", "unit") if n in sizes), 0)
+                size = depth or next((sizes[n] for n in ("channel", "out", "feature", "unit") if n in sizes), 0)
+                if kind not in _NORMS:
+                    last = (item.layer.path, kind, size)
         return cls(frozenset(channels), frozenset(joined), before)
 
     def may(self, path: str, kind: str, size: int) -> bool:
         """True if an axis of this size may join channels and positions, of one feature map or of several.
 
-        A norm that does may only stand beside a dense layer of its size, and not behind a layer that makes this size.
+        A norm that does stands beside a dense layer of its size, and not behind a convolution that makes this size.
         """
         if not any(1 < c < size for c in self.channels):
             return False
-        return kind == "dense" or (size in self.joined and not self.follows(path, size))
+        behind = self.follows(path, size) and self.before[path][1] != "dense"
+        return kind == "dense" or (size in self.joined and not behind)
 
     def follows(self, path: str, size: int) -> bool:
         """True if the layer before makes just what an axis of this size takes."""
-        return self.before.get(path) == size
+        return path in self.before and self.before[path][2] == size
 
 
+_NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "prelu")
 _WITH_SPACE = ("conv", "conv_transpose", "depthwise", "separable")
 _MAY_CROSS = {"dense": ("in", "out"), "batch_norm": ("feature",), "layer_norm": ("feature",), "prelu": ("feature",)}
 
@@ -337,7 +343,7 @@ def _canonical(
     if known.binding is None:
         tensors = {local: _raw(local, tensor) for local, tensor in layer.tensors.items()}
         given = _given(layer.path, layer.path, splits, flatten)
-        doubts = () if given is not None else _doubts(known, crossing, bool(flatten))
+        doubts = () if given is not None else _doubts(known, crossing, flatten)
         return [
             CanonicalLayer(
                 path=layer.path,
@@ -394,7 +400,7 @@ def _flattened(
     given = _given(path, native_path, splits, flatten)
     axes = {axis: sizes[axis] for axis in _MAY_CROSS[kind] if axis in sizes}
     if given is None:
-        open_axes = (axis for axis, n in axes.items() if _open(native_path, kind, axis, n, crossing, bool(flatten)))
+        open_axes = (axis for axis, n in axes.items() if _open(native_path, kind, axis, n, crossing, flatten))
         return {}, tuple(open_axes)
     wanted = {("feature" if "feature" in axes else axis): n for axis, n in given.items()}
     for axis, n in wanted.items():
@@ -418,25 +424,29 @@ def _given(
     return splits.get(path, splits.get(native_path))
 
 
-def _open(path: str, kind: str, axis: str, size: int, crossing: _Crossing, listed: bool) -> bool:
+def _open(
+    path: str, kind: str, axis: str, size: int, crossing: _Crossing, flatten: Mapping[str, Mapping[str, int]] | None
+) -> bool:
     """True if it must be asked whether an axis crosses a Flatten.
 
-    Where the user has `listed` layers that do, another is taken to cross none if it takes what the layer before it makes.
+    Where the user has listed layers that do, another is taken to cross none if it takes what the layer before it makes,
+    unless it is a norm behind a dense layer that was listed as being in front of a Reshape.
     """
-    if listed and (axis == "out" or crossing.follows(path, size)):
+    if flatten and axis == "out":
         return False
+    if flatten and crossing.follows(path, size):
+        return kind != "dense" and "out" in flatten.get(crossing.before[path][0], {})
     return crossing.may(path, kind, size)
 
 
-def _doubts(known: Known, crossing: _Crossing, listed: bool) -> tuple[str, ...]:
+def _doubts(known: Known, crossing: _Crossing, flatten: Mapping[str, Mapping[str, int]] | None) -> tuple[str, ...]:
     """The axes of a layer of unknown kind that may cross a Flatten, whichever of its candidates it is."""
     path = known.layer.path
     sizes = {n for tensor in known.layer.tensors.values() for n in tensor.data.shape if len(tensor.data.shape) <= 2}
-    kinds = [kind for kind in known.candidates if kind in _MAY_CROSS]
-    if listed and any(crossing.follows(path, n) for n in sizes):
-        return ()
-    pairs = {(kind, axis) for kind in kinds for axis in _MAY_CROSS[kind]}
-    return tuple(sorted({a for kind, a in pairs if any(_open(path, kind, a, n, crossing, listed) for n in sizes)}))
+    pairs = {(kind, axis) for kind in known.candidates if kind in _MAY_CROSS for axis in _MAY_CROSS[kind]}
+    listed = flatten and any(crossing.follows(path, n) for n in sizes)
+    asked = {axis for kind, axis in pairs if any(_open(path, kind, axis, n, crossing, flatten) for n in sizes)}
+    return () if listed and "feature" not in asked else tuple(sorted(asked))
 
 
 def _part_tensors(

@@ -267,7 +267,10 @@ def _export(
 ) -> int:
     """Write a model's weights into an archive."""
     screen: Screen = ctx.obj
-    out = archive if archive is not None else source.parent / f"{_stem(source)}.nwt"
+    stem = _stem(source)
+    if not stem:
+        raise WrongUsage(Problem("export", repr(str(source)), "the path of a model", "name the model"))
+    out = archive if archive is not None else source.parent / f"{stem}.nwt"
     started = time.monotonic()
     with (
         screen.progress(f"export {source.name}") as progress,

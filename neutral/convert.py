@@ -22,7 +22,7 @@ from neutral import frameworks
 from neutral.archive import SUFFIX, Archive, Contents, describe, file_digest, open_archive, write_archive
 from neutral.building import build_model
 from neutral.containers.files import check_output, refuse_same
-from neutral.errors import Problem, Refused, Unsupported, WrongUsage
+from neutral.errors import BadFile, Problem, Refused, Unsupported, WrongUsage
 from neutral.filling import fill_template, is_chain, same_family
 from neutral.frameworks import ARCHIVE, FRAMEWORKS
 from neutral.journey import Journey
@@ -156,6 +156,7 @@ def import_model(
         return _import(
             archive.contents, archive.path, to, into, out, mapping, allow_unused, allow_missing, cast, force, started
         )
+    _check_archive(Path(archive))
     with open_archive(archive) as opened:
         opened.check(progress)
         return _import(
@@ -163,9 +164,25 @@ def import_model(
         )
 
 
+def _check_archive(path: Path) -> None:
+    """Refuse another framework's file in the place of an archive."""
+    if not path.is_file():
+        return
+    name, found = frameworks.detect(path)
+    if name != ARCHIVE:
+        raise BadFile(
+            Problem(
+                str(path),
+                f"a {name} file ({found})",
+                "an archive",
+                "run `neutral export` on it first, or `neutral convert`",
+            )
+        )
+
+
 def convert(
     source: Model,
-    out: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
     *,
     to: str | None = None,
     into: Model | None = None,
@@ -182,8 +199,8 @@ def convert(
 ) -> Report:
     """Export and import without a file in the middle; an `out` that ends with `.nwt` is an export alone."""
     started = time.monotonic()
-    target = Path(out)
-    if target.name.endswith(SUFFIX) and to is None and into is None:
+    target = None if out is None else Path(out)
+    if target is not None and target.name.endswith(SUFFIX) and to is None and into is None:
         with export_model(
             source, target, format=format, key=key, kinds=kinds, flatten=flatten, force=force, progress=progress
         ) as archive:

@@ -129,7 +129,7 @@ def _fill_layer(
             journey.problems += problems
             journey.warnings += remarks
             goal_told = native.path in splits or goal.path in splits
-            ready.append(_reconciled(layer, goal, origin, convention, told, goal_told))
+            ready.append(_reconciled(layer, goal, origin, convention, told, goal_told, source_told(contents)))
             if not goal_told:
                 journey.warnings += flatten_remark(contents, layer, origin, convention)
             if ready[-1].channels and (layer.undecided or goal.undecided) and origin.flatten != convention.flatten:
@@ -258,6 +258,7 @@ def _reconciled(
     convention: Convention,
     told: tuple[bool, bool],
     goal_told: bool,
+    source_told: bool,
 ) -> CanonicalLayer:
     """The layer with its Flatten axes as the template's graph has them (`goal_told`), else as the source has them.
 
@@ -268,18 +269,28 @@ def _reconciled(
     if differ and ((layer.undecided and told[0]) or (goal.undecided and told[1])):
         raise Refused(undecided_problem(layer if layer.undecided else goal))
     if goal_told:
-        return (
-            _decided(layer, dict(goal.channels), origin) if layer.undecided else replace(layer, channels=goal.channels)
-        )
+        guessed = not source_told and not layer.channels
+        open_yet = layer.undecided or (guessed and goal.channels)
+        return _decided(layer, dict(goal.channels), origin) if open_yet else replace(layer, channels=goal.channels)
     if layer.undecided and differ:
         raise Refused(undecided_problem(layer))
     return layer
 
 
+def source_told(contents: Contents) -> bool:
+    """True if a graph or the user said which layers cross a Flatten, so that nothing was concluded from sizes."""
+    return contents.graph is not None or contents.source.settings.get("flatten") is not None
+
+
 def flatten_remark(contents: Contents, layer: CanonicalLayer, origin: Convention, convention: Convention) -> list[str]:
     """What to say of a dense layer of which nothing tells whether it follows a Flatten, not even a convolution."""
-    untold = contents.graph is None and contents.source.settings.get("flatten") is None
-    if layer.kind != "dense" or layer.channels or layer.undecided or not untold or origin.flatten == convention.flatten:
+    if (
+        layer.kind != "dense"
+        or layer.channels
+        or layer.undecided
+        or source_told(contents)
+        or origin.flatten == convention.flatten
+    ):
         return []
     return [
         "nothing says whether a dense layer follows a Flatten; taken to follow none (--flatten LAYER=CHANNELS, if one does)"

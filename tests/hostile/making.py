@@ -12,13 +12,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 Json = dict[str, Any]
 
 
 def make_good_files(folder: Path) -> None:
-    """One small network of two dense layers in every format that torch, Keras, TensorFlow and NumPy write."""
+    """One small network of two dense layers in every format that torch, Keras and TensorFlow write, and in neutral's own."""
     import keras
     import safetensors.numpy
     import tensorflow as tf
@@ -35,8 +33,6 @@ def make_good_files(folder: Path) -> None:
     torch.jit.script(module).save(folder / "scripted.pt")
     safetensors.numpy.save_file(state, folder / "model.safetensors")
     make_shards(folder / "shards", state)
-    roles = {name.replace(".", "/").replace("weight", "kernel"): array for name, array in state.items()}
-    np.savez(folder / "model.npz", **roles)  # type: ignore[arg-type]
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(5, activation="relu"), keras.layers.Dense(2)])
     for name in ("model.keras", "model.h5"):
@@ -45,6 +41,7 @@ def make_good_files(folder: Path) -> None:
     tf.train.Checkpoint(model=model).write(str(folder / "ckpt"))
     model.export(str(folder / "saved"), verbose=False)
     neutral.export_model(folder / "model.pt", folder / "model.nwt").close()
+    neutral.import_model(folder / "model.nwt", to="numpy")
 
 
 def make_shards(folder: Path, state: Mapping[str, Any]) -> None:
