@@ -182,7 +182,7 @@ def npz_changed(change: Callable[[bytearray], object]) -> Callable[[Path, Path],
 
 
 def flip_a_weight(data: bytearray) -> None:
-    data[data.index(b"\n") + 5] ^= 1
+    data[data.index(b"\n", data.index(b"descr")) + 5] ^= 1
 
 
 NPZ = (
