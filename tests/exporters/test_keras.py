@@ -126,6 +126,8 @@ def test_weights_without_a_config_say_what_they_can(tmp_path: Path) -> None:
     # Three variables: gamma or beta may be the missing one.
     assert layers["batch_normalization"].cls is None and list(layers["batch_normalization"].tensors) == ["0", "1", "2"]
     assert layers["dense"].cls == "Dense" and list(layers["dense"].tensors) == ["kernel"]
+    # The file says what its groups are called, and not what they are.
+    assert {layer.evidence for layer in layers.values() if layer.cls} == {"name"}
 
 
 def test_legacy_weights_without_a_config(tmp_path: Path) -> None:
