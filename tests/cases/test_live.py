@@ -107,6 +107,12 @@ def test_a_state_dict_is_filled_in_place(of_numpy: bool) -> None:
     assert m.state_bytes(module) == m.state_bytes(source)
 
 
+def test_convert_fills_a_live_model_without_an_output() -> None:
+    source, module = m.randomized(nn.Linear(3, 4), 1), m.randomized(nn.Linear(3, 4), 2)
+    neutral.convert(source, into=module)
+    assert m.state_bytes(module) == m.state_bytes(source)
+
+
 def test_arrays_with_slashes_are_no_state_dict() -> None:
     with neutral.export_model({"a.b/kernel": np.zeros((3, 2)), "c.weight": np.zeros(2)}) as archive:
         assert archive.manifest.source.framework == "numpy"
