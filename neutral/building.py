@@ -42,7 +42,7 @@ def build_model(
     whole = target.name.endswith(_WHOLE) and not target.name.endswith(".weights.h5")
     if whole and contents.graph is None and not same_family(origin, convention):
         why = next(
-            (note for note in contents.notes if "graph" in note), "the source does not say how its layers are wired"
+            (note for note in contents.notes if "no graph" in note), "the source does not say how its layers are wired"
         )
         raise Refused(
             Problem(

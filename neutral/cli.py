@@ -380,7 +380,10 @@ def _show(
 @command("check")
 def _check(ctx: typer.Context, archive: ArchiveFile) -> int:
     """Check an archive's structure and every digest in it."""
+    from neutral.convert import check_archive
+
     screen: Screen = ctx.obj
+    check_archive(archive)
     with neutral.open_archive(archive) as opened:
         opened.check()
         count = sum(1 for _ in opened.manifest.parameters())

@@ -111,6 +111,7 @@ def export_model(
         check_output(out, force)
         if where is not None:
             refuse_same(out, where)
+        _refuse_suffix(out)
         digest = (lambda: file_digest(where)) if where is not None and contents.source.sha256 is None else None
         written = write_archive(
             contents, out, force=force, progress=progress, source_digest=digest, shard_bytes=shard_bytes
@@ -156,7 +157,7 @@ def import_model(
         return _import(
             archive.contents, archive.path, to, into, out, mapping, allow_unused, allow_missing, cast, force, started
         )
-    _check_archive(Path(archive))
+    check_archive(Path(archive))
     with open_archive(archive) as opened:
         opened.check(progress)
         return _import(
@@ -164,7 +165,21 @@ def import_model(
         )
 
 
-def _check_archive(path: Path) -> None:
+def _refuse_suffix(out: Path) -> None:
+    """An archive under a framework's suffix would pass for that framework's file."""
+    framework = next((f for f in FRAMEWORKS.values() if out.name.lower().endswith(f.suffixes)), None)
+    if framework is not None:
+        raise WrongUsage(
+            Problem(
+                str(out),
+                f"the suffix of a {framework.name} file for an archive",
+                SUFFIX,
+                "choose another name, or use `neutral convert`",
+            )
+        )
+
+
+def check_archive(path: Path) -> None:
     """Refuse another framework's file in the place of an archive."""
     if not path.is_file():
         return

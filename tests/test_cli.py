@@ -141,7 +141,7 @@ def test_import_takes_the_stem_and_the_usual_suffix(model: Path, tmp_path: Path)
 def test_an_output_that_exists_is_refused(
     command: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    archive, out = tmp_path / "model.nwt", tmp_path / "out.npz"
+    archive, out = tmp_path / "model.nwt", tmp_path / ("out.nwt" if command == "export" else "out.npz")
     assert main(["-q", "export", str(model), str(archive)]) == 0
     arguments = {
         "export": ["export", str(model), str(out)],
@@ -154,6 +154,51 @@ def test_an_output_that_exists_is_refused(
     assert out.read_bytes() == b"mine" and sorted(tmp_path.iterdir()) == before
     assert main([*arguments, "--force", "-q"]) == 0
     assert out.read_bytes() != b"mine" and sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["x.keras", "x.PT", "x.weights.h5", "x.safetensors"])
+def test_an_archive_under_a_frameworks_suffix_is_wrong_usage(
+    name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(b"mine")
+    assert ".nwt" in failing(["export", model, tmp_path / name, "--force"], capsys, 2)
+    assert (tmp_path / name).read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("source", [".", "", "/", ".."])
+def test_a_folder_without_a_name_is_no_bug(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status = main(["export", source])
+    said = one_line(capsys.readouterr().err)
+    assert status in (1, 2) and "bug" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["check"], ["import", "--to", "keras"]])
+def test_a_model_in_the_place_of_an_archive_is_named(
+    arguments: list[str], model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = failing([*arguments, model], capsys, 1)
+    assert "a torch file" in said and "neutral export" in said
+
+
+def test_a_whole_model_without_a_graph_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    path = tmp_path / "model.pt"
+    torch.save(torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Unfold(2)), path)
+    said = failing(["convert", path, tmp_path / "x.keras"], capsys, 1)
+    assert "no graph" in said and "1: " in said and "Unfold" in said
+
+
+def test_a_program_needs_torch(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    said = failing(["convert", model, tmp_path / "x.pt2"], capsys, 1)
+    assert "torch missing" in said and "neutral-weights[torch]" in said and "bug" not in said
 
 
 def test_diff_answers_same_different_trouble(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
