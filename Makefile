@@ -74,4 +74,5 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) setuptools wheel
 	$(PIP) --no-build-isolation -e '.[all,dev]'
 	$(PIP) --no-deps tf_keras
+	@$(BIN)/python -m compileall -q neutral exporters importers schema
 	@touch $@

@@ -15,7 +15,6 @@ time, so a model larger than memory passes through.
 from __future__ import annotations
 
 import math
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,10 +24,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from neutral.crc32 import crc32
+
 if TYPE_CHECKING:
     from neutral.schema.graph import Graph
 
-TILE = 4 << 20
+TILE = 2 << 20
 """Bytes that one tile has at the most."""
 
 WHOLE = 64 << 20
@@ -294,7 +295,7 @@ class Witnessed(Tensor):
     def tiles(self, limit: int = TILE) -> Iterator[Array]:
         crc = 0
         for tile in self._base.tiles(limit):
-            crc = zlib.crc32(tile.view(np.uint8).data, crc)
+            crc = crc32(tile.view(np.uint8).data, crc)
             yield tile
         self._crc = crc
 

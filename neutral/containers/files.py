@@ -19,6 +19,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -220,8 +221,11 @@ def new_file(path: str | os.PathLike[str], force: bool = False) -> Iterator[Bina
             named = True
             fd = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
         try:
-            with os.fdopen(fd, "w+b", buffering=0) as out:
-                yield _Whole(out)  # type: ignore[misc]
+            # The pool is closed before the file is, whose number another file may take.
+            with os.fdopen(fd, "w+b", buffering=0) as out, ThreadPoolExecutor(1) as syncing:
+                whole = _Whole(out, syncing)
+                yield whole  # type: ignore[misc]
+                whole.synced()
                 os.fsync(fd)
                 if not named:
                     _link_unnamed(fd, hidden)
@@ -247,18 +251,39 @@ def _link_unnamed(fd: int, path: Path) -> None:
         os.close(folder)
 
 
-class _Whole:
-    """A raw file whose `write` writes all it is given."""
+_SYNCED = 64 << 20
+_sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has fsync alone
 
-    def __init__(self, raw: BinaryIO) -> None:
+
+class _Whole:
+    """A raw file whose `write` writes all it is given.
+
+    What was written is synced in pieces beside the writing, so that the disk does not idle until the last byte is there.
+    """
+
+    def __init__(self, raw: BinaryIO, pool: Executor) -> None:
         self._raw = raw
+        self._pool = pool
+        self._waiting = 0
+        self._syncing: Future[None] | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         view = memoryview(data).cast("B")
         done = 0
         while done < len(view):
             done += self._raw.write(view[done:])
+        self._waiting += done
+        if self._waiting >= _SYNCED and (self._syncing is None or self._syncing.done()):
+            self.synced()
+            self._waiting = 0
+            self._syncing = self._pool.submit(_sync_data, self._raw.fileno())
         return done
+
+    def synced(self) -> None:
+        """Wait for the syncing that has begun. The system tells an error of it once, so it must not get lost."""
+        if self._syncing is not None:
+            self._syncing.result()
+            self._syncing = None
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._raw, name)

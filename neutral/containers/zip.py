@@ -28,6 +28,7 @@ from typing import IO, Any
 from neutral.containers.files import Memory, Section, SourceFile, pieces
 from neutral.containers.zip_directory import find_end, read_members, refuse
 from neutral.containers.zip_records import STORED, Member
+from neutral.crc32 import crc32
 from neutral.errors import BadFile, Problem
 from neutral.native import TILE, Storage
 
@@ -77,7 +78,7 @@ class ZipSource:
             refuse(self.file, f"member {name!r} of {member.size} bytes", f"at most {limit}")
         if member.method == STORED:
             data = self.file.read(member.data_offset, member.size)
-            _check_crc(self.file, member, zlib.crc32(data))
+            _check_crc(self.file, member, crc32(data))
             return data
         _check_ratio(self.file, member)
         return b"".join(_inflate(self.file, member))
@@ -88,7 +89,7 @@ class ZipSource:
         if member.method == STORED:
             crc = 0
             for chunk in pieces(self.file, member.data_offset, member.data_offset + member.size):
-                crc = zlib.crc32(chunk, crc)
+                crc = crc32(chunk, crc)
             _check_crc(self.file, member, crc)
             return
         _check_ratio(self.file, member)
@@ -137,7 +138,7 @@ class _Checked(Section):
             self.source.verify(self.member.name)
             progress.checked = True
             return
-        progress.crc = zlib.crc32(buffer, progress.crc)
+        progress.crc = crc32(buffer, progress.crc)
         progress.next += buffer.nbytes
         if progress.next == self.nbytes:
             _check_crc(self.file, self.member, progress.crc)
@@ -209,7 +210,7 @@ def _inflate(file: SourceFile, member: Member) -> Iterator[bytes]:
             size += len(data)
             if size > member.size:
                 refuse(file, f"member {member.name!r} that inflates to more", f"{member.size} bytes exactly")
-            crc = zlib.crc32(data, crc)
+            crc = crc32(data, crc)
             yield data
     if size != member.size or not machine.eof or machine.unused_data:
         refuse(file, f"member {member.name!r} that inflates to {size} bytes", f"{member.size}, and nothing behind them")

@@ -24,6 +24,7 @@ from neutral.containers.zip_records import (
     Member,
 )
 from neutral.containers.zip_writing import Chunk, pack_end, pack_zip64, patch, write_chunks
+from neutral.crc32 import crc32
 from neutral.errors import Problem, Refused
 
 _ALIGNMENT = 64
@@ -152,7 +153,7 @@ class _Deflated:
         machine = zlib.compressobj(zlib.Z_DEFAULT_COMPRESSION, zlib.DEFLATED, -zlib.MAX_WBITS)
         for chunk in chunks:
             data = memoryview(chunk).cast("B")
-            self.crc = zlib.crc32(data, self.crc)
+            self.crc = crc32(data, self.crc)
             self.size += data.nbytes
             yield machine.compress(data)
         yield machine.flush()

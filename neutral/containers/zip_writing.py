@@ -11,7 +11,6 @@ b'abc'
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -36,6 +35,7 @@ from neutral.containers.zip_records import (
     VERSION_ZIP64,
     ZIP64_FIELD,
 )
+from neutral.crc32 import crc32
 from neutral.errors import Problem, Refused, WrongUsage
 
 Chunk = bytes | bytearray | memoryview
@@ -145,7 +145,7 @@ def write_chunks(out: BinaryIO, name: str, size: int, chunks: Iterable[Chunk]) -
         written += data.nbytes
         if written > size:
             break
-        crc = zlib.crc32(data, crc)
+        crc = crc32(data, crc)
         out.write(data)
     if written != size:
         raise Refused(Problem(name, f"{written} bytes to write, or more", f"{size}, as announced"))
