@@ -14,9 +14,9 @@ from typing import Any
 from neutral.archive import Contents, manifest_without_digests
 from neutral.canon import Written, binding_for, native_tensors, recognise
 from neutral.canonical import CanonicalLayer, CanonicalTensor
-from neutral.conventions.forms import Convention
+from neutral.conventions.forms import Convention, same_family
+from neutral.doubts import flatten_remark, undecided_problem
 from neutral.errors import Problem, Refused, raise_all
-from neutral.filling import flatten_remark, same_family, undecided_problem
 from neutral.frameworks import Framework
 from neutral.journey import Journey
 from neutral.native import NativeLayer, NativeModel, NativeTensor

@@ -24,6 +24,7 @@ from typing import Any
 from neutral import rules
 from neutral.canonical import CROSSING, SPATIAL, CanonicalLayer, CanonicalTensor
 from neutral.conventions.forms import Convention, Form, Name, Part, Row, brace_axes, expand, role_expression
+from neutral.crossing import WITH_SPACE, Crossing, Seen, Told, flattened
 from neutral.errors import BadLayout, Problem, Refused, raise_all
 from neutral.layout import Layout, layout
 from neutral.native import NativeLayer, NativeModel, NativeTensor, Tensor, stack
@@ -174,8 +175,13 @@ class Known:
 def recognise(layer: NativeLayer, convention: Convention, hint: str | None = None) -> Known:
     """Which form of the convention a native layer has: by its class, by a hint, or by being the only one that fits.
 
-    Where several kinds fit, none is chosen: they become candidates.
+    Where several kinds fit, none is chosen: they become candidates. A hint that the class contradicts is `Refused`.
     """
+    if hint is not None and layer.cls is not None:
+        known = recognise(layer, convention)
+        if known.binding is not None:
+            _check_hint(known, hint)
+            return known
     found, reasons = _bindings(layer, convention, hint)
     if hint is not None and not found:
         raise Refused(
@@ -203,6 +209,19 @@ def recognise(layer: NativeLayer, convention: Convention, hint: str | None = Non
         evidence: Evidence = layer.evidence if layer.cls is not None else "name"  # type: ignore[assignment]
         return Known(layer, found[0], evidence)
     return Known(layer, None, "none", tuple(kinds))
+
+
+def _check_hint(known: Known, hint: str) -> None:
+    assert known.binding is not None
+    if not any(compatible(bound.part.kind, hint) for bound in known.binding.parts):
+        raise Refused(
+            Problem(
+                known.layer.path,
+                f"the hint that it is a {hint}",
+                f"a {_kind_of(known.binding)}, which its class {known.layer.cls} says",
+                "leave the hint out",
+            )
+        )
 
 
 def _kind_of(binding: Binding) -> str:
@@ -234,15 +253,24 @@ def read_layers(
     *,
     kinds: Mapping[str, str] | None = None,
     flatten: Mapping[str, Mapping[str, int]] | None = None,
+    certain: bool = True,
 ) -> list[tuple[Known, list[CanonicalLayer]]]:
     """Every native layer with what is known of it and the canonical layers in it.
 
     `kinds` maps globs on layer paths to kinds. `flatten` names every layer that crosses a Flatten or Reshape, with the
     channels of its axes ({"fc1": {"in": 16}}); empty, it says that none does. A layer that it leaves out crosses none if it
-    takes what the layer before it makes; else it stays undecided.
+    takes what the layer before it makes; else it stays undecided. `Refused` where a class or, if it is `certain`, what the
+    model itself says of its Flattens contradicts a hint.
     """
     hints = kinds or {}
-    known = [recognise(layer, convention, _hint(layer.path, hints)) for layer in model.layers]
+    known: list[Known] = []
+    problems: list[Problem] = []
+    for layer in model.layers:
+        try:
+            known.append(recognise(layer, convention, _hint(layer.path, hints)))
+        except Refused as error:
+            problems.extend(error.problems)
+    raise_all(Refused, problems)
     unmatched = [pattern for pattern in hints if not any(fnmatchcase(k.layer.path, pattern) for k in known)]
     unmatched += [path for path in flatten or {} if not any(k.layer.path == path for k in known)]
     raise_all(
@@ -254,96 +282,41 @@ def read_layers(
             for name in unmatched
         ),
     )
-    crossing = _Crossing.of(known, convention)
+    crossing = Crossing.of([_seen(item) for item in known], convention.flatten)
+    told = Told(model.splits, flatten, certain, model.graph is not None)
     layers: list[tuple[Known, list[CanonicalLayer]]] = []
-    problems: list[Problem] = []
     for item in known:
         try:
-            layers.append((item, _canonical(item, convention, model.splits, flatten, crossing)))
+            layers.append((item, _canonical(item, convention, told, crossing)))
         except (BadLayout, Refused) as error:
             problems.extend(replace(p, where=f"{item.layer.path}: {p.where}") for p in error.problems)
     raise_all(Refused, problems)
     return layers
 
 
+def _seen(item: Known) -> Seen:
+    shapes = tuple(tensor.data.shape for tensor in item.layer.tensors.values() if not tensor.state)
+    parts = item.binding.parts if item.binding is not None else ()
+    return Seen(item.layer.path, shapes, tuple((bound.part.kind, bound.sizes) for bound in parts))
+
+
 def _hint(path: str, hints: Mapping[str, str]) -> str | None:
     return next((kind for pattern, kind in hints.items() if fnmatchcase(path, pattern)), None)
-
-
-@dataclass(frozen=True)
-class _Crossing:
-    """What a model without a graph tells of its Flattens: `channels` of its convolutions, which a Flatten could join;
-    `joined`, the sizes of its dense layers; and per layer path, kind and size made of the layer `before` it (no norm)."""
-
-    channels: frozenset[int]
-    joined: frozenset[int]
-    before: Mapping[str, tuple[str, str, int]]
-
-    @classmethod
-    def of(cls, known: Sequence[Known], convention: Convention) -> _Crossing:
-        channels: set[int] = set()
-        joined: set[int] = set()
-        before: dict[str, tuple[str, str, int]] = {}
-        last = ("", "", 0)
-        for item in known:
-            shapes = [tensor.data.shape for tensor in item.layer.tensors.values() if not tensor.state]
-            if not shapes:
-                continue
-            before[item.layer.path] = last
-            largest = max(shapes, key=len)
-            if item.binding is None:
-                channels.update(n for shape in shapes if len(shape) >= 3 for n in shape)
-                joined.update(n for shape in shapes if len(shape) == 2 for n in shape)
-                if len(largest) > 1:
-                    kind = "dense" if len(largest) == 2 else "conv"
-                    last = (item.layer.path, kind, largest[0 if convention.flatten == "channel position" else -1])
-                continue
-            for bound in item.binding.parts:
-                sizes, kind = bound.sizes, bound.part.kind
-                made = [sizes[axis] for axis in ("in", "out", "channel", "group") if axis in sizes]
-                if kind in _WITH_SPACE:
-                    channels.update(made)
-                if kind == "dense":
-                    joined.update(made)
-                depth = sizes["group"] * sizes["mult"] if "mult" in sizes else 0
-                size = depth or next((sizes[n] for n in ("channel", "out", "feature", "unit") if n in sizes), 0)
-                if kind not in _NORMS:
-                    last = (item.layer.path, kind, size)
-        return cls(frozenset(channels), frozenset(joined), before)
-
-    def may(self, path: str, kind: str, size: int) -> bool:
-        """True if an axis of this size may join channels and positions, of one feature map or of several.
-
-        A norm that does stands beside a dense layer of its size, and not behind a convolution that makes this size.
-        """
-        if not any(1 < c < size for c in self.channels):
-            return False
-        behind = self.follows(path, size) and self.before[path][1] != "dense"
-        return kind == "dense" or (size in self.joined and not behind)
-
-    def follows(self, path: str, size: int) -> bool:
-        """True if the layer before makes just what an axis of this size takes."""
-        return path in self.before and self.before[path][2] == size
-
-
-_NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "prelu")
-_WITH_SPACE = ("conv", "conv_transpose", "depthwise", "separable")
-_MAY_CROSS = {"dense": ("in", "out"), "batch_norm": ("feature",), "layer_norm": ("feature",), "prelu": ("feature",)}
 
 
 def _canonical(
     known: Known,
     convention: Convention,
-    splits: Mapping[str, Mapping[str, int]],
-    flatten: Mapping[str, Mapping[str, int]] | None,
-    crossing: _Crossing,
+    told: Told,
+    crossing: Crossing,
 ) -> list[CanonicalLayer]:
     layer = known.layer
     state = {local: _raw(local, tensor) for local, tensor in layer.tensors.items() if tensor.state}
     if known.binding is None:
         tensors = {local: _raw(local, tensor) for local, tensor in layer.tensors.items()}
-        given = _given(layer.path, layer.path, splits, flatten)
-        doubts = () if given is not None else _doubts(known, crossing, flatten)
+        given = told.of(layer.path, layer.path)
+        sizes = {n for t in layer.tensors.values() for n in t.data.shape if len(t.data.shape) <= 2}
+        doubts = () if given is not None else crossing.doubts(layer.path, known.candidates, sizes, told)
         return [
             CanonicalLayer(
                 path=layer.path,
@@ -360,7 +333,7 @@ def _canonical(
     for bound in known.binding.parts:
         kind = bound.part.kind
         path = known.binding.path(layer.path, bound)
-        channels, undecided = _flattened(path, layer.path, kind, bound.sizes, splits, flatten, crossing)
+        channels, undecided = flattened(path, layer.path, kind, bound.sizes, told, crossing)
         tensors = _part_tensors(bound, layer, convention, channels)
         attributes = {k: v for k, v in bound.part.attributes(layer.config, bound.sizes).items() if v is not None}
         kind, attributes = _normal_kind(kind, attributes, tensors)
@@ -383,70 +356,6 @@ def _canonical(
         )
         state = {}
     return layers
-
-
-def _flattened(
-    path: str,
-    native_path: str,
-    kind: str,
-    sizes: Mapping[str, int],
-    splits: Mapping[str, Mapping[str, int]],
-    flatten: Mapping[str, Mapping[str, int]] | None,
-    crossing: _Crossing,
-) -> tuple[dict[str, int], tuple[str, ...]]:
-    """The axes of a layer that cross a Flatten with their channels, and those of which that is not known."""
-    if kind not in _MAY_CROSS:
-        return {}, ()
-    given = _given(path, native_path, splits, flatten)
-    axes = {axis: sizes[axis] for axis in _MAY_CROSS[kind] if axis in sizes}
-    if given is None:
-        open_axes = (axis for axis, n in axes.items() if _open(native_path, kind, axis, n, crossing, flatten))
-        return {}, tuple(open_axes)
-    wanted = {("feature" if "feature" in axes else axis): n for axis, n in given.items()}
-    for axis, n in wanted.items():
-        if axis not in axes or n <= 0 or axes[axis] % n:
-            found = f"{n} channels for {axes.get(axis, 'no')} elements"
-            raise Refused(Problem(axis, found, "channels that divide the elements", "correct the number of channels"))
-    return {axis: n for axis, n in wanted.items() if 1 < n < axes[axis]}, ()
-
-
-def _given(
-    path: str,
-    native_path: str,
-    splits: Mapping[str, Mapping[str, int]],
-    flatten: Mapping[str, Mapping[str, int]] | None,
-) -> Mapping[str, int] | None:
-    """What the user or the graph says of a layer's Flatten; None if nobody does."""
-    if flatten is not None:
-        told = flatten.get(path, flatten.get(native_path))
-        if told is not None or not flatten:
-            return told or {}
-    return splits.get(path, splits.get(native_path))
-
-
-def _open(
-    path: str, kind: str, axis: str, size: int, crossing: _Crossing, flatten: Mapping[str, Mapping[str, int]] | None
-) -> bool:
-    """True if it must be asked whether an axis crosses a Flatten.
-
-    Where the user has listed layers that do, another is taken to cross none if it takes what the layer before it makes,
-    unless it is a norm behind a dense layer that was listed as being in front of a Reshape.
-    """
-    if flatten and axis == "out":
-        return False
-    if flatten and crossing.follows(path, size):
-        return kind != "dense" and "out" in flatten.get(crossing.before[path][0], {})
-    return crossing.may(path, kind, size)
-
-
-def _doubts(known: Known, crossing: _Crossing, flatten: Mapping[str, Mapping[str, int]] | None) -> tuple[str, ...]:
-    """The axes of a layer of unknown kind that may cross a Flatten, whichever of its candidates it is."""
-    path = known.layer.path
-    sizes = {n for tensor in known.layer.tensors.values() for n in tensor.data.shape if len(tensor.data.shape) <= 2}
-    pairs = {(kind, axis) for kind in known.candidates if kind in _MAY_CROSS for axis in _MAY_CROSS[kind]}
-    listed = flatten and any(crossing.follows(path, n) for n in sizes)
-    asked = {axis for kind, axis in pairs if any(_open(path, kind, axis, n, crossing, flatten) for n in sizes)}
-    return () if listed and "feature" not in asked else tuple(sorted(asked))
 
 
 def _part_tensors(
@@ -518,7 +427,7 @@ def canonical_axes(
     spatial = rank - len(front) - sum(1 for axis in spec.axes if axis != "...")
     space = (
         SPATIAL.get(spatial, tuple(f"x{i}" for i in range(spatial)))
-        if kind in (*_WITH_SPACE, "prelu")
+        if kind in (*WITH_SPACE, "prelu")
         else tuple(f"x{i}" for i in range(spatial))
     )
     if spec.axes == ("...",) and rank == 1:

@@ -413,7 +413,12 @@ def _diff(
 def _digest(ctx: typer.Context, file: AnyFile, key: Key = None, kind: Kind = None, flatten: Flatten = None) -> int:
     """Print the weights digest: equal for equal weights, whatever the framework."""
     screen: Screen = ctx.obj
-    screen.answer(neutral.digest(file, key=key, kinds=_kinds(kind), flatten=_flatten(flatten)))
+    with neutral.export_model(file, key=key, kinds=_kinds(kind), flatten=_flatten(flatten)) as archive:
+        if archive.path is not None:
+            archive.check()
+        questions = report.open_questions(archive.manifest)
+        screen.remark("note", (f"{question}; a file that says it has another digest" for question in questions))
+        screen.answer(archive.manifest.weights_digest)
     return 0
 
 

@@ -22,11 +22,13 @@ from neutral import frameworks
 from neutral.archive import SUFFIX, Archive, Contents, describe, file_digest, open_archive, write_archive
 from neutral.building import build_model
 from neutral.containers.files import check_output, refuse_same
+from neutral.conventions.forms import same_family
+from neutral.doubts import agreed
 from neutral.errors import BadFile, Problem, Refused, Unsupported, WrongUsage
-from neutral.filling import fill_template, is_chain, same_family
+from neutral.filling import fill_template, is_chain
 from neutral.frameworks import ARCHIVE, FRAMEWORKS
 from neutral.journey import Journey
-from neutral.match import Pair, named_pairs
+from neutral.match import Pair, Side, named_pairs, pair_layers
 from neutral.native import Witnessed
 from neutral.origin import origin_of
 from neutral.outputs import (
@@ -335,7 +337,10 @@ def digest(
     kinds: Mapping[str, str] | None = None,
     flatten: Mapping[str, str] | None = None,
 ) -> str:
-    """The weights digest of anything that can be read: equal for equal weights, whatever the framework."""
+    """The weights digest of anything that can be read: equal for equal weights, whatever the framework.
+
+    Equal files that do not say the same of their layers (kinds, what follows a Flatten) differ; hints make them alike.
+    """
     with export_model(source, key=key, kinds=kinds, flatten=flatten) as archive:
         _check_file(archive)
         return archive.manifest.weights_digest
@@ -345,19 +350,45 @@ def diff(a: Model, b: Model, *, key: str | None = None) -> Difference:
     """Compare the weights of two models in canonical form.
 
     Layers of equal names are compared with each other; names that only count layers are none if the two sides count
-    otherwise. The others are paired by their digests. Where both models are chains their order counts, too.
+    otherwise. The others are paired by their digests. Where both models are chains their order counts, too. What one side
+    does not tell (kinds, what follows a Flatten) is taken from the other. `Refused` where neither tells and it would decide.
     """
     from neutral.verify import differing
 
-    with export_model(a, key=key) as left, export_model(b, key=key) as right:
-        _check_file(left)
-        _check_file(right)
-        sides = [(archive.contents, origin_of(archive.contents).convention()) for archive in (left, right)]
-        paths = [[layer.path for layer in contents.layers if layer.weights] for contents, _ in sides]
-        named = named_pairs(paths[0], paths[1], same_family(sides[0][1], sides[1][1]))
-        chains = (is_chain(contents.ordered, contents.source.settings, origin) for contents, origin in sides)
-        lines = differing(left, right, named, all(chains))
+    with ExitStack() as stack:
+        left, right = (_contents(stack, each, key) for each in (a, b))
+        conventions = [origin_of(contents).convention() for contents in (left, right)]
+        alike = same_family(*conventions)
+        paths = [[layer.path for layer in each.layers if layer.weights] for each in (left, right)]
+        named = named_pairs(paths[0], paths[1], alike)
+        sides = [
+            Side(each.layers, is_chain(each.ordered, each.source.settings, convention), each.graph)
+            for each, convention in zip((left, right), conventions, strict=True)
+        ]
+        partners = _partners(sides, alike) or named
+        ours, theirs, unsettled = agreed(left, right, partners)
+        lines = differing(
+            describe(replace(left, layers=ours), close=lambda: None),
+            describe(replace(right, layers=theirs), close=lambda: None),
+            named | {path: partners[path] for path in unsettled},
+            all(side.chain for side in sides),
+            unsettled,
+        )
     return Difference(not lines, tuple(lines))
+
+
+def _contents(stack: ExitStack, source: Model, key: str | None) -> Contents:
+    contents, close, _ = read_source(source, None, key, None, None)
+    stack.callback(close)
+    return contents
+
+
+def _partners(sides: Sequence[Side], alike: bool) -> dict[str, str]:
+    """Which layers belong together, as a template would be filled; none if that is not certain."""
+    try:
+        return {pair.source: pair.target for pair in pair_layers(*sides, alike=alike).pairs}
+    except Refused:
+        return {}
 
 
 def _check_file(archive: Archive) -> None:

@@ -11,14 +11,15 @@ from dataclasses import replace
 from typing import Any
 
 from neutral.archive import Contents
-from neutral.canon import Binding, Known, bind, compatible, native_tensors, read_layers, recognise
+from neutral.canon import Binding, Known, bind, native_tensors, read_layers, recognise
 from neutral.canonical import CanonicalLayer
-from neutral.conventions.forms import Convention, Form
+from neutral.conventions.forms import Convention, Form, same_family
+from neutral.doubts import as_known, flatten_remark, reconciled, source_told
 from neutral.errors import NeutralError, Problem, Refused, raise_all
 from neutral.frameworks import FRAMEWORKS, Framework
 from neutral.journey import Journey
 from neutral.match import Side, differing_settings, pair_layers
-from neutral.native import NativeLayer, NativeModel, NativeTensor
+from neutral.native import NativeLayer, NativeModel
 from neutral.origin import origin_of, stored_form
 
 
@@ -75,10 +76,6 @@ def _sequential(config: Mapping[str, Any]) -> bool:
     return all(_sequential(each) for each in models)
 
 
-def same_family(a: Convention, b: Convention) -> bool:
-    return a.forms is b.forms
-
-
 def _fill_layer(
     contents: Contents,
     item: Known,
@@ -120,7 +117,7 @@ def _fill_layer(
         kinds = [bound.part.kind for bound in binding.parts]
         form = binding.form if alike else None
         mine = [
-            _as_known(layer, kind, origin, form) if layer.kind == "unknown" else layer
+            as_known(layer, kind, origin, form) if layer.kind == "unknown" else layer
             for layer, kind in zip(mine, kinds, strict=True)
         ]
         ready = []
@@ -129,7 +126,7 @@ def _fill_layer(
             journey.problems += problems
             journey.warnings += remarks
             goal_told = native.path in splits or goal.path in splits
-            ready.append(_reconciled(layer, goal, origin, convention, told, goal_told, source_told(contents)))
+            ready.append(reconciled(layer, goal, origin, convention, told, goal_told, source_told(contents)))
             if not goal_told:
                 journey.warnings += flatten_remark(contents, layer, origin, convention)
             if ready[-1].channels and (layer.undecided or goal.undecided) and origin.flatten != convention.flatten:
@@ -206,131 +203,3 @@ def _turned(path: str, candidates: Sequence[str], binding: Binding) -> list[str]
     if not {"dense", "einsum_dense"} <= set(candidates) or binding.parts[0].part.kind != "dense":
         return []
     return [f"{path}: a kernel without a class; taken to be a Dense, for an EinsumDense may store it turned"]
-
-
-def _as_known(layer: CanonicalLayer, kind: str, origin: Convention, form: Form | None) -> CanonicalLayer:
-    """A layer of unknown kind, read as what its partner is; in the form of one of the same family, if it has that."""
-    if not any(compatible(kind, candidate) for candidate in layer.candidates):
-        raise Refused(
-            Problem(
-                layer.path,
-                f"tensors of a {' or '.join(layer.candidates) or 'custom layer'}",
-                f"those of a {kind}",
-                "pair it with another layer",
-            )
-        )
-    native = _raw_native(layer)
-    shapes = {local: tensor.data.shape for local, tensor in native.tensors.items() if not tensor.state}
-    if form is not None and not isinstance(bind(form, shapes), str):
-        origin = replace(origin, forms=(form,))
-    model = NativeModel(origin.framework, "", (native,), splits={native.path: layer.channels})
-    found = [c for _, layers in read_layers(model, origin, kinds={_escaped(native.path): kind}) for c in layers]
-    if len(found) > 1:
-        raise Refused(
-            Problem(
-                layer.path,
-                f"{len(found)} layers in one",
-                f"one {kind}",
-                f"export again with --kind '{layer.path}={kind}'",
-            )
-        )
-    axes = {axis for tensor in found[0].weights.values() for axis in tensor.axes}
-    return replace(found[0], undecided=tuple(a for a in layer.undecided if a in axes))
-
-
-def _escaped(path: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in path)
-
-
-def _raw_native(layer: CanonicalLayer) -> NativeLayer:
-    """A layer of unknown kind as the native layer that it came from."""
-    tensors = {
-        role: NativeTensor(next(iter(tensor.native.values()), role), tensor.data, tensor.identity, tensor.state)
-        for role, tensor in layer.tensors.items()
-    }
-    return NativeLayer(layer.path, layer.native, tensors, {}, layer.evidence)
-
-
-def _reconciled(
-    layer: CanonicalLayer,
-    goal: CanonicalLayer,
-    origin: Convention,
-    convention: Convention,
-    told: tuple[bool, bool],
-    goal_told: bool,
-    source_told: bool,
-) -> CanonicalLayer:
-    """The layer with its Flatten axes as the template's graph has them (`goal_told`), else as the source has them.
-
-    A side without a config is taken to flatten as its framework does by itself; one whose config (`told`, of source
-    and template) leaves the layer open flattens in a way of its own. What neither side knows is `Refused`.
-    """
-    differ = origin.flatten != convention.flatten
-    if differ and ((layer.undecided and told[0]) or (goal.undecided and told[1])):
-        raise Refused(undecided_problem(layer if layer.undecided else goal))
-    if goal_told:
-        guessed = not source_told and not layer.channels
-        open_yet = layer.undecided or (guessed and goal.channels)
-        return _decided(layer, dict(goal.channels), origin) if open_yet else replace(layer, channels=goal.channels)
-    if layer.undecided and differ:
-        raise Refused(undecided_problem(layer))
-    return layer
-
-
-def source_told(contents: Contents) -> bool:
-    """True if a graph or the user said which layers cross a Flatten, so that nothing was concluded from sizes."""
-    return contents.graph is not None or contents.source.settings.get("flatten") is not None
-
-
-def flatten_remark(contents: Contents, layer: CanonicalLayer, origin: Convention, convention: Convention) -> list[str]:
-    """What to say of a dense layer of which nothing tells whether it follows a Flatten, not even a convolution."""
-    if (
-        layer.kind != "dense"
-        or layer.channels
-        or layer.undecided
-        or source_told(contents)
-        or origin.flatten == convention.flatten
-    ):
-        return []
-    return [
-        "nothing says whether a dense layer follows a Flatten; taken to follow none (--flatten LAYER=CHANNELS, if one does)"
-    ]
-
-
-def _decided(layer: CanonicalLayer, channels: dict[str, int], origin: Convention) -> CanonicalLayer:
-    """A layer in its source's order, now that the channels of its Flatten axes are known."""
-    if origin.flatten != "channel position":
-        layer = _read_again(layer, channels)
-    return replace(layer, channels=channels, undecided=())
-
-
-def _read_again(layer: CanonicalLayer, channels: Mapping[str, int]) -> CanonicalLayer:
-    """The axes that cross a Flatten from (position channel) to (channel position)."""
-    if layer.kind == "unknown":
-        raise Refused(undecided_problem(layer))
-    tensors = dict(layer.tensors)
-    for role, tensor in layer.weights.items():
-        data = tensor.data
-        for i, axis in enumerate(tensor.axes):
-            if axis in channels:
-                order = [*range(i), i + 1, i, *range(i + 2, len(data.shape) + 1)]
-                split = data.split(i, (data.shape[i] // channels[axis], channels[axis]))
-                data = split.permute(order).merge(i, 2)
-        tensors[role] = replace(tensor, data=data)
-    return replace(layer, tensors=tensors)
-
-
-def undecided_problem(layer: CanonicalLayer) -> Problem:
-    """What to say of a layer that may follow a Flatten."""
-    sizes = ", ".join(
-        f"{axis} of {tensor.data.shape[tensor.axes.index(axis)]}"
-        for axis in layer.undecided
-        for tensor in (next((t for t in layer.weights.values() if axis in t.axes), None),)
-        if tensor is not None
-    )
-    return Problem(
-        layer.path,
-        f"{sizes or 'an axis'} that may cross a Flatten (or Reshape)",
-        "to know its channels, for frameworks flatten in different orders",
-        f"export again with --flatten {layer.path}=CHANNELS if it is behind a Flatten, --flatten {layer.path}=none if not; --flatten none if no layer is",
-    )

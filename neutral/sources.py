@@ -147,7 +147,9 @@ def canonical_contents(
     kinds: Mapping[str, str] | None,
     flatten: Mapping[str, Mapping[str, int]] | None,
 ) -> Contents:
-    pairs = read_layers(native, framework.convention(), kinds=kinds, flatten=flatten)
+    # What a .npz of ours says of its Flattens may be what was once taken for granted, not known.
+    certain = native.format != "npz"
+    pairs = read_layers(native, framework.convention(), kinds=kinds, flatten=flatten, certain=certain)
     layers = tuple(layer for _, found in pairs for layer in found if layer.tensors)
     if not any(layer.weights for layer in layers):
         raise BadFile(
@@ -221,7 +223,9 @@ def _hinted(
     native = replace(native, splits=splits)
     layers = tuple(
         layer
-        for _, found in read_layers(native, framework.convention(), kinds=kinds, flatten=flatten)
+        for _, found in read_layers(
+            native, framework.convention(), kinds=kinds, flatten=flatten, certain=contents.graph is not None
+        )
         for layer in found
     )
     settings = {**contents.source.settings, **_told_flatten(flatten)}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from neutral.errors import Problem, Refused, WrongUsage, printable
+from neutral.errors import Problem, Refused, WrongUsage, printable, raise_all
 from neutral.running import Array, Port, Runnable, framework_errors
 from neutral.schema.graph import Graph
 from neutral.schema.inputs import solve_inputs, token_limits
@@ -20,12 +20,15 @@ if TYPE_CHECKING:
     from neutral.archive import Archive
 
 
-def differing(a: Archive, b: Archive, named: Mapping[str, str], in_order: bool) -> list[str]:
+def differing(
+    a: Archive, b: Archive, named: Mapping[str, str], in_order: bool, unsettled: Mapping[str, Problem]
+) -> list[str]:
     """One line per layer or parameter in which two models differ.
 
     `named` pairs layers of equal names: they are held against each other. The others are paired by their digests,
     whatever they are called, and what is left by kind and shapes. `in_order` says that both models list their layers in
-    the order of computation, which must then be the same.
+    the order of computation, which must then be the same. `unsettled` are pairs, by the path of the first, of whose elements
+    nobody knows the order on both sides; `Refused` if the models differ in nothing else.
     """
     from neutral.archive import layer_digests
 
@@ -46,7 +49,13 @@ def differing(a: Archive, b: Archive, named: Mapping[str, str], in_order: bool) 
     theirs = [path for paths in rest.values() for path in paths]
     order = {layer.path: i for i, layer in enumerate(b.manifest.layers)}
     theirs.sort(key=lambda path: order[path])
+    shapes = [{layer.path: _shapes(layer) for layer in each.manifest.layers} for each in (a, b)]
+    open_pairs = [path for path in unlike if path in unsettled and shapes[0][path] == shapes[1][unlike[path]]]
+    unlike = {path: other for path, other in unlike.items() if path not in open_pairs}
     lines = list(_compared(a, b, unlike, mine, theirs))
+    if not lines:
+        raise_all(Refused, (unsettled[path] for path in open_pairs))
+    lines += [f"{printable(path)}: other elements, or the same in the order of another Flatten" for path in open_pairs]
     if not lines and in_order and list(left.values()) != list(right.values()):
         ways = (" ".join(map(printable, paths)) for paths in (left, right))
         lines.append(f"the same layers in another order of computation: {' and '.join(ways)}")
@@ -75,9 +84,11 @@ def _compared(a: Archive, b: Archive, unlike: Mapping[str, str], mine: list[str]
 
 
 def _alike(a: Layer, b: Layer) -> bool:
-    return _kind(a) == _kind(b) and {r: p.shape for r, p in _weights(a).items()} == {
-        r: p.shape for r, p in _weights(b).items()
-    }
+    return _kind(a) == _kind(b) and _shapes(a) == _shapes(b)
+
+
+def _shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
+    return {role: parameter.shape for role, parameter in _weights(layer).items()}
 
 
 def _kind(layer: Layer) -> str:

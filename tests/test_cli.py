@@ -272,7 +272,7 @@ def test_a_bug_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     def broken(*_: object, **__: object) -> str:
         raise ValueError("two\nlines \x1b[0m")
 
-    monkeypatch.setattr(neutral, "digest", broken)
+    monkeypatch.setattr(neutral, "export_model", broken)
     assert "ValueError (two\\nlines \\x1b[0m)" in failing(["digest", "x"], capsys, 1)
     assert main(["digest", "x", "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
@@ -293,7 +293,7 @@ def test_other_failures_are_one_line(
     def failing_digest(*_: object, **__: object) -> str:
         raise error
 
-    monkeypatch.setattr(neutral, "digest", failing_digest)
+    monkeypatch.setattr(neutral, "export_model", failing_digest)
     failing(["digest", "x"], capsys, status)
 
 

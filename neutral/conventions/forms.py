@@ -153,6 +153,11 @@ class Convention:
     auto_names: Mapping[str, str] = field(default_factory=dict)
 
 
+def same_family(a: Convention, b: Convention) -> bool:
+    """True if both store every layer alike."""
+    return a.forms is b.forms
+
+
 def layer(
     kind: str,
     *rows: Row,
