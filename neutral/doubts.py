@@ -151,8 +151,8 @@ def agreed(
 ) -> tuple[list[CanonicalLayer], list[CanonicalLayer], dict[str, Problem]]:
     """The layers of both sides of a comparison, each read as its partner tells where it does not tell itself.
 
-    `pairs` maps paths of the left side to paths of the right. The third result names, by left path, what is to be known
-    of those pairs of which neither side says whether they cross a Flatten, though the two flatten in different orders.
+    `pairs` maps paths of the left side to paths of the right. The third result says, by left path, what neither side tells
+    of a pair that may be equal or not: their kind, or whether they cross a Flatten, though the two flatten in other orders.
     """
     ours = {layer.path: layer for layer in left.layers}
     theirs = {layer.path: layer for layer in right.layers}
@@ -163,11 +163,9 @@ def agreed(
             a, b = _as_partner(a, b, left, right), _as_partner(b, a, right, left)
         except NeutralError:
             continue
-        doubt = _open_between(a, b, left, right)
-        if doubt is not None:
-            open_yet[path] = undecided_problem(doubt)
-        else:
-            a, b = _flattened_as(a, b, left, right), _flattened_as(b, a, right, left)
+        a, b = _flattened_as(a, b, left, right), _flattened_as(b, a, right, left)
+        if (doubt := _open_between(a, b, left, right)) is not None:
+            open_yet[path] = doubt
         ours[path], theirs[other] = a, b
     return list(ours.values()), list(theirs.values()), open_yet
 
@@ -187,19 +185,37 @@ def _says(layer: CanonicalLayer, contents: Contents) -> bool:
     return not layer.undecided and (source_told(contents) or bool(layer.channels))
 
 
-def _open_between(a: CanonicalLayer, b: CanonicalLayer, left: Contents, right: Contents) -> CanonicalLayer | None:
-    """The layer of the two that would have to be known to compare them, if there is one."""
-    if origin_of(left).convention().flatten == origin_of(right).convention().flatten:
+def _open_between(a: CanonicalLayer, b: CanonicalLayer, left: Contents, right: Contents) -> Problem | None:
+    """What would have to be known to compare two layers."""
+    ours, theirs = origin_of(left).convention(), origin_of(right).convention()
+    if a.kind == b.kind == "unknown" and not same_family(ours, theirs):
+        return unknown_problem(a) if _element_counts(a) == _element_counts(b) else None
+    if ours.flatten == theirs.flatten or _shapes(a) != _shapes(b):
         return None
-    for layer, contents in ((a, left), (b, right)):
-        if layer.undecided and "config" in contents.source.settings:
-            return layer
-    if _says(a, left) or _says(b, right):
-        return None
-    return next((layer for layer in (a, b) if layer.undecided), None)
+    return next((undecided_problem(layer) for layer in (a, b) if layer.undecided), None)
+
+
+def _shapes(layer: CanonicalLayer) -> dict[str, tuple[int, ...]]:
+    return {role: tensor.data.shape for role, tensor in layer.weights.items()}
+
+
+def _element_counts(layer: CanonicalLayer) -> list[int]:
+    return sorted(tensor.data.size for tensor in layer.weights.values())
+
+
+def unknown_problem(layer: CanonicalLayer) -> Problem:
+    """What to say of a layer of which neither side knows the kind."""
+    return Problem(
+        layer.path,
+        "a layer of unknown kind on both sides",
+        "its kind, for frameworks store it in different orders",
+        f"export again with --kind '{layer.path}=KIND'",
+    )
 
 
 def _flattened_as(layer: CanonicalLayer, partner: CanonicalLayer, mine: Contents, other: Contents) -> CanonicalLayer:
-    if _says(layer, mine) or not _says(partner, other) or layer.kind == "unknown":
+    """A layer in the order of its partner's Flatten; one that its own config leaves open flattens in a way of its own."""
+    own_way = layer.undecided and "config" in mine.source.settings
+    if own_way or layer.kind == "unknown" or _says(layer, mine) or not _says(partner, other):
         return layer
     return _decided(layer, dict(partner.channels), origin_of(mine).convention())

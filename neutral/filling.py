@@ -14,7 +14,7 @@ from neutral.archive import Contents
 from neutral.canon import Binding, Known, bind, native_tensors, read_layers, recognise
 from neutral.canonical import CanonicalLayer
 from neutral.conventions.forms import Convention, Form, same_family
-from neutral.doubts import as_known, flatten_remark, reconciled, source_told
+from neutral.doubts import as_known, flatten_remark, reconciled, source_told, unknown_problem
 from neutral.errors import NeutralError, Problem, Refused, raise_all
 from neutral.frameworks import FRAMEWORKS, Framework
 from neutral.journey import Journey
@@ -164,14 +164,7 @@ def _fill_state(native: NativeLayer, layers: Sequence[CanonicalLayer], journey: 
 def _fill_unknown(native: NativeLayer, layer: CanonicalLayer, alike: bool, journey: Journey) -> None:
     """A layer that neither side knows: the same tensors under the same names, if both frameworks store layers alike."""
     if not alike:
-        journey.problems.append(
-            Problem(
-                layer.path,
-                "a layer of unknown kind on both sides",
-                "its kind, to bring it to another framework",
-                f"export again with --kind '{layer.path}=KIND'",
-            )
-        )
+        journey.problems.append(unknown_problem(layer))
         return
     for role, tensor in layer.weights.items():
         goal = native.tensors.get(role)

@@ -27,8 +27,8 @@ def differing(
 
     `named` pairs layers of equal names: they are held against each other. The others are paired by their digests,
     whatever they are called, and what is left by kind and shapes. `in_order` says that both models list their layers in
-    the order of computation, which must then be the same. `unsettled` are pairs, by the path of the first, of whose elements
-    nobody knows the order on both sides; `Refused` if the models differ in nothing else.
+    the order of computation, which must then be the same. `unsettled` says, by the path of the first, what would have to be
+    known to compare a pair; `Refused` if the models differ in nothing else.
     """
     from neutral.archive import layer_digests
 
@@ -49,13 +49,12 @@ def differing(
     theirs = [path for paths in rest.values() for path in paths]
     order = {layer.path: i for i, layer in enumerate(b.manifest.layers)}
     theirs.sort(key=lambda path: order[path])
-    shapes = [{layer.path: _shapes(layer) for layer in each.manifest.layers} for each in (a, b)]
-    open_pairs = [path for path in unlike if path in unsettled and shapes[0][path] == shapes[1][unlike[path]]]
+    open_pairs = [path for path in unlike if path in unsettled]
     unlike = {path: other for path, other in unlike.items() if path not in open_pairs}
     lines = list(_compared(a, b, unlike, mine, theirs))
     if not lines:
         raise_all(Refused, (unsettled[path] for path in open_pairs))
-    lines += [f"{printable(path)}: other elements, or the same in the order of another Flatten" for path in open_pairs]
+    lines += [f"{printable(path)}: other elements, or the same in another order" for path in open_pairs]
     if not lines and in_order and list(left.values()) != list(right.values()):
         ways = (" ".join(map(printable, paths)) for paths in (left, right))
         lines.append(f"the same layers in another order of computation: {' and '.join(ways)}")
@@ -84,11 +83,8 @@ def _compared(a: Archive, b: Archive, unlike: Mapping[str, str], mine: list[str]
 
 
 def _alike(a: Layer, b: Layer) -> bool:
-    return _kind(a) == _kind(b) and _shapes(a) == _shapes(b)
-
-
-def _shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
-    return {role: parameter.shape for role, parameter in _weights(layer).items()}
+    shapes = [{role: parameter.shape for role, parameter in _weights(each).items()} for each in (a, b)]
+    return _kind(a) == _kind(b) and shapes[0] == shapes[1]
 
 
 def _kind(layer: Layer) -> str:

@@ -5,6 +5,7 @@ The weights are carried from Keras to torch by hand here, an expression per tens
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,6 +225,36 @@ def test_one_digest_whatever_the_framework(name: str, tmp_path: Path) -> None:
     model.weights[0].assign(weight)
     changed = neutral.digest(model)
     assert changed != found["archive"] and changed == neutral.digest(carried(case, model))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_diff_takes_from_one_side_what_the_other_leaves_open(name: str, tmp_path: Path) -> None:
+    """No hints here. What neither side tells is asked for; never are equal weights called different."""
+    case = CASES[name]
+    model = m.randomized_keras(case.keras(), 1)
+    files = saved_by_keras(model, tmp_path) | saved_by_torch(carried(case, model), tmp_path)
+    telling = {"keras", "h5", "module"}
+    wrong = {}
+    for (a, left), (b, right) in itertools.product(files.items(), repeat=2):
+        try:
+            found = neutral.diff(left, right).lines
+        except neutral.Refused as error:
+            found = () if not telling & {a, b} and "--" in str(error) else (str(error),)
+        if found:
+            wrong[a, b] = found
+    assert not wrong
+
+
+def test_diff_sees_one_element_even_where_one_side_is_bare(tmp_path: Path, neutral_: Commands) -> None:
+    model = m.randomized_keras(cnn_keras(), 1)
+    files = saved_by_keras(model, tmp_path)
+    module = carried(CASES["cnn"], model)
+    with torch.no_grad():
+        module.fc.weight[0, 0] += 1
+    torch.save(module.state_dict(), tmp_path / "bare.pt")
+    (line,) = neutral.diff(files["keras"], tmp_path / "bare.pt").lines
+    assert line.startswith("fc/kernel: 1 of 192 elements differ")
+    assert "may cross a Flatten" in neutral_.refused("diff", files["weights.h5"], tmp_path / "bare.pt", status=2)
 
 
 def test_the_order_of_a_flatten_counts() -> None:
