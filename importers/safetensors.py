@@ -23,6 +23,7 @@ from neutral.containers.safetensors import (
 )
 from neutral.errors import Problem, Refused, Unsupported, raise_all
 from neutral.native import NativeModel, NativeTensor, Tensor
+from neutral.suffixes import suffix_of
 
 if TYPE_CHECKING:
     from neutral.schema.manifest import Manifest
@@ -45,7 +46,7 @@ def fill(template: Path, tensors: Mapping[str, Tensor], out: Path, *, force: boo
             refuse_same(out, source.path)
             with new_file(out, force) as file:
                 replace_tensors(source, file, new)
-        elif out.suffix == ".json":
+        elif out.suffix.lower() == ".json":
             _fill_beside(opened, opened.index, new, out, force)
         else:
             refuse_same(out, opened.index.parent)
@@ -100,7 +101,7 @@ def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = Fa
     Of tied tensors one is written and the others are named in the metadata, so that
     `safetensors.torch.load_model` ties them again.
     """
-    if out.suffix != SUFFIX:
+    if suffix_of(out) != SUFFIX:
         raise Unsupported(Problem(str(out), f"the suffix {out.suffix!r}", SUFFIX))
     settings: Mapping[str, Any] = manifest.source.settings if manifest.source.format == "safetensors" else {}
     metadata = _pairs(settings.get("metadata", {"format": "pt"}))
