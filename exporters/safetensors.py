@@ -63,8 +63,11 @@ def _model(source: Path, opened: TensorSet) -> NativeModel:
 
 
 def _metadata(opened: TensorSet) -> dict[str, Any]:
-    """What a new file needs to be as this one was: its metadata, and its order where that is not the usual one."""
-    found: dict[str, Any] = {"metadata": dict(opened.metadata)}
-    if list(opened.tensors) != [name for name, _ in usual_order(opened.tensors.items())]:
+    """What a new file needs to be as this one was: its metadata, and its order where that is not the usual one.
+
+    The metadata are pairs, for an archive sorts the keys of a mapping. A set of shards becomes one file, in the usual order.
+    """
+    found: dict[str, Any] = {"metadata": [list(pair) for pair in opened.metadata.items()]}
+    if opened.index is None and list(opened.tensors) != [name for name, _ in usual_order(opened.tensors.items())]:
         found["order"] = list(opened.tensors)
     return found

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard, cast
 
-from neutral.containers.files import new_file, new_folder, refuse_same
+from neutral.containers.files import new_file, new_folder, refuse_inside, refuse_same
 from neutral.containers.hdf5 import Hdf5Source, Hdf5Tree, fill_hdf5, in_place, plan_hdf5, spliced
 from neutral.containers.keras_file import CONFIG, METADATA, WEIGHTS, KerasFile, open_keras
 from neutral.containers.zip_replacing import replace_members
@@ -35,6 +35,7 @@ from neutral.conventions.keras_variables import (
 )
 from neutral.errors import Problem, Refused, Unsupported, raise_all
 from neutral.native import NativeLayer, NativeModel, Tensor
+from neutral.suffixes import suffix_of
 
 if TYPE_CHECKING:
     from neutral.schema.manifest import Manifest
@@ -97,6 +98,7 @@ def _fill_zip(opened: KerasFile, tensors: Mapping[str, Tensor], out: BinaryIO) -
 
 
 def _fill_folder(opened: KerasFile, tensors: Mapping[str, Tensor], out: Path, force: bool) -> None:
+    refuse_inside(out, opened.path)
     with new_folder(out, force) as folder:
         for path in sorted(opened.path.rglob("*")):
             there = folder / path.relative_to(opened.path)
@@ -133,19 +135,20 @@ def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = Fa
     names = layer_names(manifest)
     layers = [replace(layer, path=names.get(layer.path, layer.path)) for layer in model.layers]
     own = manifest.source.settings.get("config") if model.format == "h5" else None
-    if out.suffix in _LEGACY and not out.name.endswith(".weights.h5") and is_legacy(own):
+    suffix = suffix_of(out)
+    if suffix in _LEGACY and is_legacy(own):
         with new_file(out, force) as file:
             write_legacy(file, own, model.layers, str(manifest.source.settings.get("keras_version", KERAS_VERSION)))
-    elif out.name.endswith(".weights.h5"):
+    elif suffix == ".weights.h5":
         with new_file(out, force) as file:
             write_weights(file, layers)
-    elif out.suffix in (".keras", *_LEGACY):
-        write = write_keras if out.suffix == ".keras" else write_legacy
+    elif suffix in (".keras", *_LEGACY):
+        write = write_keras if suffix == ".keras" else write_legacy
         config = model_config(manifest)
         with new_file(out, force) as file:
             write(file, config, layers)
     else:
-        found = f"suffix {out.suffix}" if out.suffix else "no suffix"
+        found = f"suffix {suffix}" if suffix else "no suffix"
         raise Unsupported(Problem(str(out), found, ".keras, .h5 or .weights.h5", "name the output so"))
 
 

@@ -21,6 +21,7 @@ from neutral.conventions.npz_layers import write_comment
 from neutral.errors import Problem, Refused, Unsupported, raise_all
 from neutral.native import NativeModel, Tensor
 from neutral.schema.kinds import Layer
+from neutral.suffixes import suffix_of
 
 if TYPE_CHECKING:
     from neutral.schema.manifest import Manifest
@@ -53,7 +54,7 @@ def fill_live(model: Mapping[str, npt.NDArray[np.generic]], tensors: Mapping[str
 
 def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = False) -> None:
     """A new `.npz` of all tensors under their names, in order."""
-    if out.suffix != SUFFIX:
+    if suffix_of(out) != SUFFIX:
         raise Unsupported(Problem(str(out), f"the suffix {out.suffix!r}", SUFFIX))
     rank = {name: i for i, name in enumerate(manifest.source.order)} if manifest.source.framework == "numpy" else {}
     tensors = sorted(model.tensors(), key=lambda tensor: rank.get(tensor.name, len(rank)))

@@ -23,6 +23,7 @@ from neutral.containers.safetensors import (
 )
 from neutral.errors import Problem, Refused, Unsupported, raise_all
 from neutral.native import NativeModel, NativeTensor, Tensor
+from neutral.suffixes import suffix_of
 
 if TYPE_CHECKING:
     from neutral.schema.manifest import Manifest
@@ -45,7 +46,7 @@ def fill(template: Path, tensors: Mapping[str, Tensor], out: Path, *, force: boo
             refuse_same(out, source.path)
             with new_file(out, force) as file:
                 replace_tensors(source, file, new)
-        elif out.suffix == ".json":
+        elif out.suffix.lower() == ".json":
             _fill_beside(opened, opened.index, new, out, force)
         else:
             refuse_same(out, opened.index.parent)
@@ -100,20 +101,27 @@ def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = Fa
     Of tied tensors one is written and the others are named in the metadata, so that
     `safetensors.torch.load_model` ties them again.
     """
-    if out.suffix != SUFFIX:
+    if suffix_of(out) != SUFFIX:
         raise Unsupported(Problem(str(out), f"the suffix {out.suffix!r}", SUFFIX))
-    from_safetensors = (manifest.source.framework, manifest.source.format) == ("torch", "safetensors")
-    settings: Mapping[str, Any] = manifest.source.settings if from_safetensors else {}
-    metadata = {str(k): str(v) for k, v in settings.get("metadata", {"format": "pt"}).items()}
+    settings: Mapping[str, Any] = manifest.source.settings if manifest.source.format == "safetensors" else {}
+    metadata = _pairs(settings.get("metadata", {"format": "pt"}))
     tensors = {tensor.name: tensor for tensor in model.tensors()}
     left_out = dict(_left_out(tensors, metadata))
-    metadata = {k: v for k, v in metadata.items() if k not in tensors} | left_out
+    untied = {k for k, v in metadata.items() if k in tensors and v in tensors and k not in left_out}
+    metadata = {k: v for k, v in metadata.items() if k not in untied} | left_out
     named = usual_order((name, tensor.data) for name, tensor in tensors.items() if name not in left_out)
-    rank = {name: i for i, name in enumerate(settings.get("order", ()))}
+    order = settings.get("order")
+    rank = {str(name): i for i, name in enumerate(order)} if isinstance(order, list) else {}
     if rank:
         named.sort(key=lambda item: rank.get(item[0], len(rank)))
     with new_file(out, force) as file:
         write(file, named, metadata)
+
+
+def _pairs(told: object) -> dict[str, str]:
+    """Metadata out of an archive: a list of pairs, or a mapping, as older archives have it."""
+    pairs = told.items() if isinstance(told, Mapping) else told if isinstance(told, list) else ()
+    return {str(pair[0]): str(pair[1]) for pair in pairs if isinstance(pair, list | tuple) and len(pair) == 2}
 
 
 def _left_out(tensors: Mapping[str, NativeTensor], metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:

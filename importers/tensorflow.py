@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neutral.containers.files import check_output, new_folder, refuse_same
+from neutral.containers.files import check_output, new_folder, refuse_inside, refuse_same
 from neutral.containers.saved_model import (
     OBJECT_GRAPH_KEY,
     VARIABLES,
@@ -31,6 +31,7 @@ from neutral.containers.tensor_bundle_writing import replace_tensors, write_bund
 from neutral.errors import BadFile, Problem, Refused, Unsupported
 from neutral.native import NativeModel, NativeTensor, Tensor
 from neutral.running import quiet
+from neutral.suffixes import suffix_of
 
 if TYPE_CHECKING:
     from neutral.schema.manifest import Manifest
@@ -49,6 +50,7 @@ def fill(template: Path, tensors: Mapping[str, Tensor], out: Path, *, force: boo
             replace_tensors(bundle, wanted, target, force=force)
             return
         refuse_same(out, folder)
+        refuse_inside(out, folder)
         with new_folder(out, force) as fresh:
             _copy_tree(folder, fresh, {bundle.index_path, *bundle.shard_paths})
             replace_tensors(bundle, wanted, fresh / VARIABLES)
@@ -108,7 +110,7 @@ def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = Fa
 
     The checkpoint is object-based if the model was read from such a one, else its keys are `<layer>/<name>`.
     """
-    if out.suffix == _SAVED_MODEL_SUFFIX or out.is_dir():
+    if suffix_of(out) == _SAVED_MODEL_SUFFIX or out.is_dir():
         _build_saved_model(model, manifest, out, force)
         return
     metadata = model.metadata

@@ -22,6 +22,7 @@ from neutral.containers.torch_writing import write_state_dict
 from neutral.errors import Problem, Refused, Unsupported, printable, raise_all
 from neutral.importers.numpy import fill_live as fill_arrays
 from neutral.native import NativeModel, NativeTensor, Tensor, from_array
+from neutral.suffixes import suffix_of
 
 if TYPE_CHECKING:
     import torch
@@ -127,12 +128,12 @@ def _torch_tensor(data: Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = False) -> None:
     """A new file of torch.save with a state dict, or (`.pt2`) a module rebuilt from the graph and saved by torch.export."""
-    if out.suffix == ".pt2":
+    if suffix_of(out) == ".pt2":
         from neutral.importers.torch_export import export
 
         export(model, manifest, out, force=force)
         return
-    if out.suffix not in STATE_DICT_SUFFIXES:
+    if suffix_of(out) not in STATE_DICT_SUFFIXES:
         raise Unsupported(
             Problem(str(out), f"the suffix {printable(out.suffix)}", f"{', '.join(STATE_DICT_SUFFIXES)} or .pt2")
         )

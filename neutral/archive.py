@@ -29,10 +29,10 @@ from neutral.native import NativeTensor, Tensor
 from neutral.schema.graph import Graph
 from neutral.schema.kinds import KINDS, LABELS, Layer, Parameter
 from neutral.schema.manifest import FORMAT_VERSION, Loss, Manifest, Source
+from neutral.suffixes import ARCHIVE_SUFFIXES, suffix_of, without_suffix
 
 KEY = "neutral"
-SUFFIX = ".nwt"
-INDEX_SUFFIX = ".nwt.index.json"
+SUFFIX, INDEX_SUFFIX = ARCHIVE_SUFFIXES
 _NO_DIGEST = "0" * 64
 
 Progress = Callable[[int, int], None]
@@ -406,7 +406,7 @@ def _write_shards(
     progress: Progress | None,
 ) -> Path:
     shards = _sharded(tensors, shard_bytes)
-    stem = path.name.removesuffix(SUFFIX)
+    stem = without_suffix(path) if suffix_of(path) in ARCHIVE_SUFFIXES else path.name
     names = [f"{stem}-{i:05d}-of-{len(shards):05d}{SUFFIX}" for i in range(1, len(shards) + 1)]
     index = path.with_name(f"{stem}{INDEX_SUFFIX}")
     for name in (*names, index.name):

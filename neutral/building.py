@@ -17,7 +17,7 @@ from neutral.canonical import CanonicalLayer, CanonicalTensor
 from neutral.conventions.forms import Convention, same_family
 from neutral.doubts import flatten_remark, undecided_problem
 from neutral.errors import Problem, Refused, raise_all
-from neutral.frameworks import Framework
+from neutral.frameworks import Format, Framework
 from neutral.journey import Journey
 from neutral.native import NativeLayer, NativeModel, NativeTensor
 from neutral.origin import native_again, origin_of
@@ -26,21 +26,20 @@ from neutral.schema.manifest import Manifest
 
 
 def build_model(
-    contents: Contents, framework: Framework, target: Path, journey: Journey
+    contents: Contents, framework: Framework, form: Format, target: Path, journey: Journey
 ) -> tuple[NativeModel, Manifest]:
     """Native layers of the target framework for a new file, and the manifest that its writer may look at."""
     convention = framework.convention()
     origin = origin_of(contents).convention()
     manifest = _manifest_of(contents)
-    if same_family(origin, convention) and not _rebuilt(contents, target) and not _classes_missing(contents, framework):
+    if same_family(origin, convention) and not _rebuilt(contents, form) and not _classes_missing(contents, framework):
         native = native_again(contents, framework)
     elif framework.name == "numpy":
         native = _numpy_model(contents, framework, origin, journey)
     else:
-        native = _foreign_model(contents, framework, convention, origin, manifest, target, journey)
+        native = _foreign_model(contents, framework, convention, origin, manifest, form, journey)
     raise_all(Refused, journey.problems)
-    whole = target.name.endswith(_WHOLE) and not target.name.endswith(".weights.h5")
-    if whole and contents.graph is None and not same_family(origin, convention):
+    if form.whole and contents.graph is None and not same_family(origin, convention):
         why = next(
             (note for note in contents.notes if "no graph" in note), "the source does not say how its layers are wired"
         )
@@ -62,17 +61,12 @@ def build_model(
     return native, manifest
 
 
-_WHOLE = (".pt2", ".keras", ".h5", ".hdf5", ".savedmodel")
-"""Suffixes of files that hold a model and not only its weights."""
-
-
-def _rebuilt(contents: Contents, target: Path) -> bool:
+def _rebuilt(contents: Contents, form: Format) -> bool:
     """True if a file is built from the graph although source and target store layers alike."""
-    if target.name.endswith(".pt2"):
+    if form.name == "pt2":
         return True
-    whole = target.name.endswith(_WHOLE) and not target.name.endswith(".weights.h5")
-    again = target.name.endswith((".h5", ".hdf5")) and contents.source.format == "h5"
-    return whole and not again and not keras3_config(contents) and contents.graph is not None
+    again = form.name == contents.source.format == "h5"
+    return form.whole and not again and not keras3_config(contents) and contents.graph is not None
 
 
 def _classes_missing(contents: Contents, framework: Framework) -> bool:
@@ -127,15 +121,14 @@ def _foreign_model(
     convention: Convention,
     origin: Convention,
     manifest: Manifest,
-    target: Path,
+    form: Format,
     journey: Journey,
 ) -> NativeModel:
     """Each canonical layer as a native layer of another framework.
 
     A model that is built whole from its graph needs no decision on a Flatten: the graph says what becomes of it.
     """
-    whole = contents.graph is not None and target.name.endswith(_WHOLE) and not target.name.endswith(".weights.h5")
-
+    whole = contents.graph is not None and form.whole
     assert framework.target is not None
     for layer in contents.layers:
         if layer.kind == "unknown" and layer.weights:

@@ -32,8 +32,10 @@ import typer
 
 import neutral
 from neutral import frameworks, report
+from neutral.archive import SUFFIX
 from neutral.containers.files import SourceFile
 from neutral.errors import BadFile, NeutralError, Problem, WrongUsage, printable
+from neutral.outputs import beside
 
 if TYPE_CHECKING:
     from neutral.convert import Report
@@ -267,10 +269,7 @@ def _export(
 ) -> int:
     """Write a model's weights into an archive."""
     screen: Screen = ctx.obj
-    stem = _stem(source)
-    if not stem:
-        raise WrongUsage(Problem("export", repr(str(source)), "the path of a model", "name the model"))
-    out = archive if archive is not None else source.parent / f"{stem}.nwt"
+    out = archive if archive is not None else beside(source, SUFFIX)
     started = time.monotonic()
     with (
         screen.progress(f"export {source.name}") as progress,
@@ -450,7 +449,7 @@ def _verify(
 def _formats(ctx: typer.Context) -> int:
     """List what is readable, writable, and installed."""
     rows = [
-        (name, ", ".join(framework.reads), ", ".join(framework.writes), _versions(framework.installed()))
+        (name, ", ".join(framework.reads), ", ".join(framework.suffixes), _versions(framework.installed()))
         for name, framework in frameworks.FRAMEWORKS.items()
     ]
     screen: Screen = ctx.obj
@@ -574,13 +573,6 @@ def read_map(path: Path) -> dict[str, str]:
                 )
             )
     return {name: str(target) for name, target in pairs.items()}
-
-
-def _stem(path: Path) -> str:
-    for suffix in (".weights.h5", ".safetensors.index.json"):
-        if path.name.endswith(suffix) and path.name != suffix:
-            return path.name.removesuffix(suffix)
-    return path.resolve().name if path.is_dir() else path.stem
 
 
 def _reported(screen: Screen, result: Report, explain: bool) -> int:

@@ -32,17 +32,19 @@ from neutral.match import Pair, Side, named_pairs, pair_layers
 from neutral.native import Witnessed
 from neutral.origin import origin_of
 from neutral.outputs import (
+    check_suffix,
     check_target,
     compare_written,
     default_output,
     move_into_place,
     opened,
-    template_framework,
+    template_format,
     witnessed,
     work_beside,
 )
 from neutral.schema.manifest import Manifest
 from neutral.sources import Model, check_kinds, flatten_channels, read_live, read_source
+from neutral.suffixes import suffix_of
 
 if TYPE_CHECKING:
     from neutral.running import Runnable
@@ -169,12 +171,12 @@ def import_model(
 
 def _refuse_suffix(out: Path) -> None:
     """An archive under a framework's suffix would pass for that framework's file."""
-    framework = next((f for f in FRAMEWORKS.values() if out.name.lower().endswith(f.suffixes)), None)
-    if framework is not None:
+    others = [name for name in frameworks.owners(suffix_of(out)) if name != ARCHIVE]
+    if others:
         raise WrongUsage(
             Problem(
                 str(out),
-                f"the suffix of a {framework.name} file for an archive",
+                f"the suffix of a {' or '.join(others)} file for an archive",
                 SUFFIX,
                 "choose another name, or use `neutral convert`",
             )
@@ -217,7 +219,7 @@ def convert(
     """Export and import without a file in the middle; an `out` that ends with `.nwt` is an export alone."""
     started = time.monotonic()
     target = None if out is None else Path(out)
-    if target is not None and target.name.endswith(SUFFIX) and to is None and into is None:
+    if target is not None and suffix_of(target) == SUFFIX and to is None and into is None:
         with export_model(
             source, target, format=format, key=key, kinds=kinds, flatten=flatten, force=force, progress=progress
         ) as archive:
@@ -263,7 +265,7 @@ def _import(
         )
     target = Path(out) if out is not None else default_output(contents, where, to, template)
     if template is not None:
-        framework, _ = template_framework(template)
+        framework, form = template_format(template)
         if (
             to is not None
             and frameworks.framework(to).convention() is not framework.convention()
@@ -272,8 +274,10 @@ def _import(
             raise WrongUsage(
                 Problem(str(template), f"a {framework.name} file", f"a {to} template", "correct --to or --into")
             )
+        check_suffix(target, template, form)
     else:
         framework = frameworks.writer_of(target, to)
+        form = framework.written_as(target)
     check_target(target, framework, force)
     refuse_same(target, *(path for path in (where, template) if path is not None))
     with ExitStack() as stack:
@@ -284,11 +288,11 @@ def _import(
             work = stack.enter_context(work_beside(target))
             framework.writer().fill(template, expected, work / target.name)
         else:
-            built, manifest = build_model(contents, framework, target, journey)
+            built, manifest = build_model(contents, framework, form, target, journey)
             built, expected = witnessed(built)
             work = stack.enter_context(work_beside(target))
             framework.writer().build(built, manifest, work / target.name)
-        if not target.name.endswith(".pt2"):
+        if form.reads:
             compare_written(framework, work / target.name, target, expected, built)
         move_into_place(work, target, force)
     return _report(target, journey, count, started)

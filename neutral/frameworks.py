@@ -21,11 +21,28 @@ from typing import Any
 from neutral.containers.files import SourceFile
 from neutral.conventions.forms import Convention
 from neutral.errors import BadFile, Problem, WrongUsage, printable
+from neutral.suffixes import ARCHIVE_SUFFIXES, suffix_of
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format of a framework's files, and the suffixes of such a file, the usual first.
+
+    `reads` says in words what is read; nothing, if neutral does not read it. A file that is not `new` is written as the
+    copy of a template alone. A `whole` one holds a model, not only its weights. A `folder` may be named without a suffix.
+    """
+
+    name: str
+    reads: str
+    suffixes: tuple[str, ...]
+    new: bool = True
+    whole: bool = False
+    folder: bool = False
 
 
 @dataclass(frozen=True)
 class Framework:
-    """One framework: modules of its reader, writer and convention, formats read, suffixes written (the usual first).
+    """One framework: modules of its reader, writer and convention, and its files (the usual format first).
 
     `target` is the module that decides which native class a canonical layer becomes where there is no template.
     `packages` are what a live model or a file that only the framework itself can write needs.
@@ -36,20 +53,33 @@ class Framework:
     importer: str
     convention_module: str
     convention_name: str
-    formats: Mapping[str, str]
-    suffixes: tuple[str, ...]
+    files: tuple[Format, ...]
     target: str | None = None
     packages: tuple[str, ...] = ()
 
     @property
-    def reads(self) -> tuple[str, ...]:
-        """The formats that are read, in words."""
-        return tuple(self.formats.values())
+    def formats(self) -> Mapping[str, Format]:
+        """The formats that are read, by name."""
+        return {file.name: file for file in self.files if file.reads}
 
     @property
-    def writes(self) -> tuple[str, ...]:
+    def reads(self) -> tuple[str, ...]:
+        """The formats that are read, in words."""
+        return tuple(file.reads for file in self.formats.values())
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
         """The suffixes that are written."""
-        return self.suffixes
+        return tuple(suffix for file in self.files if file.new for suffix in file.suffixes)
+
+    def written_as(self, out: Path) -> Format:
+        """The format of a new file of this name; without a known suffix the one of weights (a checkpoint's prefix)."""
+        named = (file for file in self.files if file.new and suffix_of(out) in file.suffixes)
+        return next(named, None) or self.usual(whole=False)
+
+    def usual(self, whole: bool) -> Format:
+        """The format of a new file that nobody named, a `whole` model or weights."""
+        return next(file for file in self.files if file.new and (whole or not file.whole))
 
     def reader(self) -> ModuleType:
         return importlib.import_module(self.exporter)
@@ -77,6 +107,8 @@ def _version(package: str) -> str | None:
 
 _DISTRIBUTIONS = {"tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow-macos", "tensorflow-intel")}
 
+_TORCH = (".pt", ".pth", ".ckpt", ".bin")
+
 FRAMEWORKS: Mapping[str, Framework] = {
     framework.name: framework
     for framework in (
@@ -86,8 +118,11 @@ FRAMEWORKS: Mapping[str, Framework] = {
             importer="neutral.importers.torch",
             convention_module="neutral.conventions.torch",
             convention_name="TORCH",
-            formats={"pt": ".pt .pth .ckpt .bin (zip)", "pt-legacy": "before torch 1.6"},
-            suffixes=(".pt", ".pth", ".ckpt", ".bin", ".pt2"),
+            files=(
+                Format("pt", ".pt .pth .ckpt .bin (zip)", _TORCH),
+                Format("pt-legacy", "before torch 1.6", _TORCH, new=False),
+                Format("pt2", "", (".pt2",), whole=True),
+            ),
             target="neutral.importers.torch_classes",
             packages=("torch",),
         ),
@@ -97,12 +132,12 @@ FRAMEWORKS: Mapping[str, Framework] = {
             importer="neutral.importers.keras",
             convention_module="neutral.conventions.keras",
             convention_name="KERAS",
-            formats={
-                "keras": ".keras",
-                "h5": ".h5 (whole model, Keras 1 to 3)",
-                "weights.h5": ".weights.h5 (Keras 2 and 3)",
-            },
-            suffixes=(".keras", ".weights.h5", ".h5", ".hdf5"),
+            files=(
+                Format("keras", ".keras", (".keras",), whole=True),
+                Format("weights.h5", ".weights.h5 (Keras 2 and 3)", (".weights.h5",)),
+                Format("h5", ".h5 (whole model, Keras 1 to 3)", (".h5", ".hdf5"), whole=True),
+                Format("keras-folder", ".keras unzipped", (), new=False, whole=True, folder=True),
+            ),
             target="neutral.importers.keras_config",
             packages=("keras",),
         ),
@@ -112,8 +147,10 @@ FRAMEWORKS: Mapping[str, Framework] = {
             importer="neutral.importers.tensorflow",
             convention_module="neutral.conventions.tensorflow",
             convention_name="TENSORFLOW",
-            formats={"checkpoint": "checkpoint (TF 1 and 2)", "savedmodel": "SavedModel folder"},
-            suffixes=(".ckpt", ".savedmodel"),
+            files=(
+                Format("checkpoint", "checkpoint (TF 1 and 2)", (".ckpt",)),
+                Format("savedmodel", "SavedModel folder", (".savedmodel",), whole=True, folder=True),
+            ),
             target="neutral.importers.keras_config",
             packages=("tensorflow", "keras"),
         ),
@@ -123,8 +160,7 @@ FRAMEWORKS: Mapping[str, Framework] = {
             importer="neutral.importers.numpy",
             convention_module="neutral.conventions.numpy",
             convention_name="NUMPY",
-            formats={"npz": ".npz"},
-            suffixes=(".npz",),
+            files=(Format("npz", ".npz", (".npz",)),),
             packages=("numpy",),
         ),
         Framework(
@@ -133,8 +169,10 @@ FRAMEWORKS: Mapping[str, Framework] = {
             importer="neutral.importers.safetensors",
             convention_module="neutral.conventions.torch",
             convention_name="TORCH",
-            formats={"safetensors": ".safetensors (names of torch; shards with an index)"},
-            suffixes=(".safetensors",),
+            files=(
+                Format("safetensors", ".safetensors (names of torch)", (".safetensors",)),
+                Format("shards", "shards with an index", (".safetensors.index.json",), new=False, folder=True),
+            ),
             target="neutral.importers.torch_classes",
             packages=("safetensors",),
         ),
@@ -143,6 +181,16 @@ FRAMEWORKS: Mapping[str, Framework] = {
 
 ARCHIVE = "archive"
 """The name that `detect` gives to neutral's own format."""
+
+
+def owners(suffix: str) -> tuple[str, ...]:
+    """Whose files have a suffix.
+
+    >>> owners(".ckpt"), owners(".nwt"), owners(".txt")
+    (('torch', 'tensorflow'), ('archive',), ())
+    """
+    found = (f.name for f in FRAMEWORKS.values() if any(suffix in file.suffixes for file in f.files))
+    return (*found, ARCHIVE) if suffix in ARCHIVE_SUFFIXES else tuple(found)
 
 
 def framework(name: str) -> Framework:
@@ -189,7 +237,7 @@ def detect(path: str | os.PathLike[str]) -> tuple[str, str]:
         if head.startswith(b"PK"):
             return _detect_zip(file)
         if any(file.size >= at + 8 and file.read(at, 8) == _HDF5 for at in (0, 512, 1024, 2048)):
-            return "keras", "weights.h5" if where.name.endswith(".weights.h5") else "h5"
+            return "keras", "weights.h5" if suffix_of(where) == ".weights.h5" else "h5"
         if file.size >= 48 and file.read(file.size - 8, 8) == _SSTABLE:
             return "tensorflow", "checkpoint"
         if head.startswith(_LEGACY_TORCH) or (head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
@@ -214,10 +262,12 @@ def _detect_folder(where: Path) -> tuple[str, str]:
     if (where / "saved_model.pb").is_file():
         return "tensorflow", "savedmodel"
     if (where / "config.json").is_file() and (where / "model.weights.h5").is_file():
-        return "keras", "keras"
+        return "keras", "keras-folder"
     if (where / "checkpoint").is_file():
         return "tensorflow", "checkpoint"
-    if any(where.glob("*.safetensors.index.json")) or any(where.glob("*.safetensors")):
+    if any(where.glob("*.safetensors.index.json")):
+        return "safetensors", "shards"
+    if any(where.glob("*.safetensors")):
         return "safetensors", "safetensors"
     raise BadFile(
         Problem(
@@ -230,10 +280,10 @@ def _detect_folder(where: Path) -> tuple[str, str]:
 
 
 def _detect_safetensors(where: Path) -> tuple[str, str]:
-    from neutral.archive import SUFFIX, is_archive
+    from neutral.archive import is_archive
 
     # A shard, or an archive whose one key is damaged, must not pass for a model in the names of torch.
-    if where.name.endswith(SUFFIX) or is_archive(where):
+    if suffix_of(where) in ARCHIVE_SUFFIXES or is_archive(where):
         return ARCHIVE, "nwt"
     return "safetensors", "safetensors"
 
@@ -262,7 +312,7 @@ def _detect_json(where: Path) -> tuple[str, str]:
                 metadata = content.get("metadata")
                 if isinstance(metadata, dict) and "neutral" in metadata:
                     return ARCHIVE, "nwt"
-                return "safetensors", "safetensors"
+                return "safetensors", "shards"
     except (ValueError, RecursionError):
         pass
     raise BadFile(
@@ -272,8 +322,8 @@ def _detect_json(where: Path) -> tuple[str, str]:
 
 def writer_of(out: Path, to: str | None) -> Framework:
     """The framework that writes a file of this name: the one named, or the only one whose suffix it has."""
-    name = out.name.lower()
-    fits = [f for f in FRAMEWORKS.values() if any(name.endswith(suffix) for suffix in f.suffixes)]
+    suffix = suffix_of(out)
+    fits = [f for f in FRAMEWORKS.values() if suffix in f.suffixes]
     if to is None:
         if len(fits) == 1:
             return fits[0]
@@ -286,7 +336,7 @@ def writer_of(out: Path, to: str | None) -> Framework:
     wanted = framework(to)
     if to == "torch" and any(f.name == "safetensors" for f in fits):
         return FRAMEWORKS["safetensors"]
-    if wanted not in fits and not (to == "tensorflow" and not fits):
+    if wanted not in fits and not (to == "tensorflow" and not owners(suffix)):
         raise WrongUsage(
             Problem(
                 str(out),

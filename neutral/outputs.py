@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from neutral import frameworks
-from neutral.archive import INDEX_SUFFIX, SUFFIX, Contents
+from neutral.archive import Contents
 from neutral.containers.files import check_output
 from neutral.errors import BadFile, NeutralError, Problem, Refused, WrongUsage
-from neutral.frameworks import ARCHIVE, FRAMEWORKS, Framework
+from neutral.frameworks import ARCHIVE, FRAMEWORKS, Format, Framework
 from neutral.native import NativeModel, Tensor, Witnessed
+from neutral.suffixes import suffix_of, without_suffix
 
 
 def witnessed(model: NativeModel) -> tuple[NativeModel, dict[str, Witnessed]]:
@@ -31,32 +32,60 @@ def witnessed(model: NativeModel) -> tuple[NativeModel, dict[str, Witnessed]]:
     return replace(model, layers=tuple(layers)), found
 
 
-def template_framework(template: Path) -> tuple[Framework, str]:
+def template_format(template: Path) -> tuple[Framework, Format]:
     name, found = frameworks.detect(template)
     if name == ARCHIVE:
         raise WrongUsage(
             Problem(str(template), "an archive as the template", "a framework's own file", "name a model to be filled")
         )
-    return FRAMEWORKS[name], found
+    return FRAMEWORKS[name], FRAMEWORKS[name].formats[found]
 
 
 def default_output(contents: Contents, where: Path | None, to: str | None, template: Path | None) -> Path:
-    """The archive's stem with the template's suffix, or with the framework's usual one."""
+    """The source's name with the template's suffix, or with the framework's usual one."""
     if where is None:
         raise WrongUsage(Problem("out", "no output named", "a path", "name the file to write"))
-    stem = where.name.removesuffix(INDEX_SUFFIX).removesuffix(SUFFIX)
     if template is not None:
-        suffix = ".weights.h5" if template.name.endswith(".weights.h5") else template.suffix
-        return where.with_name(stem + suffix)
+        return beside(where, _suffix_of_a_copy(template))
     if to is None:
         raise WrongUsage(
             Problem("import", "neither a framework nor an output", "--to FRAMEWORK or -o OUT", "name one of them")
         )
-    framework = frameworks.framework(to)
-    suffix = framework.suffixes[0]
-    if framework.name == "keras" and not _has_graph(contents):
-        suffix = ".weights.h5"
-    return where.with_name(stem + suffix)
+    return beside(where, frameworks.framework(to).usual(whole=_has_graph(contents)).suffixes[0])
+
+
+def beside(source: Path, suffix: str) -> Path:
+    """The path beside a source, of its name with another suffix. Folders and prefixes may have dots in their names."""
+    named = source.resolve() if source.name in ("", "..") else source
+    if not named.name:
+        raise WrongUsage(Problem(repr(str(source)), "a folder without a name", "the path of a model", "name the model"))
+    has_suffix = named.is_file() or bool(frameworks.owners(suffix_of(named)))
+    return named.with_name((without_suffix(named) if has_suffix else named.name) + suffix)
+
+
+def _suffix_of_a_copy(template: Path) -> str:
+    """The template's own suffix if files of its format have it, else their usual one; none, if a copy is a folder."""
+    _, form = template_format(template)
+    own = suffix_of(template)
+    if form.folder:
+        return own if template.is_dir() and own in form.suffixes else ""
+    return own if own in form.suffixes else form.suffixes[0]
+
+
+def check_suffix(target: Path, template: Path, form: Format) -> None:
+    """A copy of a template must not pass for a file of another format."""
+    suffix = suffix_of(target)
+    if suffix in (*form.suffixes, suffix_of(template)) or not frameworks.owners(suffix):
+        return
+    fit = [*form.suffixes, *(["a folder's name without a suffix"] if form.folder else [])]
+    raise WrongUsage(
+        Problem(
+            str(target),
+            f"the suffix {suffix} for a copy of {template} (format {form.name})",
+            " or ".join(fit),
+            "choose another suffix, or a template of that format",
+        )
+    )
 
 
 def _has_graph(contents: Contents) -> bool:

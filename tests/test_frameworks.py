@@ -37,7 +37,7 @@ CONTENT: list[tuple[bytes, tuple[str, str]]] = [
     (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", ("torch", "pt-legacy")),
     (safetensors({"format": "pt"}), ("safetensors", "safetensors")),
     (safetensors({"neutral": "{}"}), ("archive", "nwt")),
-    (b'{"metadata": {}, "weight_map": {}}', ("safetensors", "safetensors")),
+    (b'{"metadata": {}, "weight_map": {}}', ("safetensors", "shards")),
 ]
 
 
@@ -63,8 +63,9 @@ def test_folders_and_prefixes(tmp_path: Path) -> None:
     for folder, files, wanted in (
         ("saved", ["saved_model.pb"], ("tensorflow", "savedmodel")),
         ("ckpt", ["checkpoint"], ("tensorflow", "checkpoint")),
-        ("unzipped", ["config.json", "model.weights.h5"], ("keras", "keras")),
-        ("shards", ["model.safetensors"], ("safetensors", "safetensors")),
+        ("unzipped", ["config.json", "model.weights.h5"], ("keras", "keras-folder")),
+        ("single", ["model.safetensors"], ("safetensors", "safetensors")),
+        ("shards", ["model.safetensors.index.json", "1.safetensors"], ("safetensors", "shards")),
     ):
         (tmp_path / folder).mkdir()
         for name in files:
@@ -121,7 +122,7 @@ def test_every_framework_is_whole() -> None:
     for name, each in FRAMEWORKS.items():
         assert framework(name) is each and each.convention().framework in FRAMEWORKS
         assert callable(each.reader().read) and callable(each.writer().fill) and callable(each.writer().build)
-        assert each.reads and each.writes and all(suffix.startswith(".") for suffix in each.writes)
+        assert each.reads and each.suffixes and all(suffix.startswith(".") for suffix in each.suffixes)
         for known in each.formats:
             assert by_format(known)[1] == known
         assert all(version for version in each.installed().values()), "the tests run with every framework"

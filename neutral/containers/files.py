@@ -166,7 +166,9 @@ def leads_outside(name: str) -> bool:
 
 
 def check_output(path: Path, force: bool) -> None:
-    """Refuse an output that exists (unless `force`), is a folder where a file is to be, a link, or has no folder."""
+    """Refuse an output that exists (unless `force`), is a link, or has no folder or no name (`.`, `..`, `/`)."""
+    if path.name in ("", ".."):
+        raise Refused(Problem(str(path), "a folder without a name", "the name of what to write", "name the output"))
     if path.is_symlink():
         raise Refused(Problem(str(path), "a link", "a plain file or nothing", "name the file itself"))
     if path.exists() and not (path.is_file() or path.is_dir()):
@@ -184,7 +186,7 @@ def check_output(path: Path, force: bool) -> None:
 def refuse_same(output: Path, *inputs: Path) -> None:
     """Refuse to write over what is being read: a file, a file in a folder, the files of a checkpoint's prefix."""
     for source in inputs:
-        pairs = [(o, i) for o in (output, _index_of(output)) for i in (source, _index_of(source))]
+        pairs = [(o, i) for o in _with_index(output) for i in _with_index(source)]
         with contextlib.suppress(OSError):
             inside = source.is_dir() and output.exists() and source.resolve() in output.resolve().parents
             if inside or any(o.exists() and i.exists() and o.samefile(i) for o, i in pairs):
@@ -193,8 +195,17 @@ def refuse_same(output: Path, *inputs: Path) -> None:
                 )
 
 
-def _index_of(prefix: Path) -> Path:
-    return prefix.with_name(f"{prefix.name}.index")
+def _with_index(path: Path) -> tuple[Path, ...]:
+    """The path, and the index of a checkpoint that has it as its prefix; `.` and `/` have no name and are none."""
+    return (path, path.with_name(f"{path.name}.index")) if path.name else (path,)
+
+
+def refuse_inside(output: Path, folder: Path) -> None:
+    """Refuse to write a copy of a folder into that folder, of which it would be a part."""
+    if folder.resolve() in output.resolve().parents:
+        raise Refused(
+            Problem(str(output), f"an output inside {folder}, which is copied", "one outside", "choose another name")
+        )
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
+import neutral
 from neutral.errors import Refused, Unsupported
 from neutral.exporters.safetensors import read
 from neutral.importers.safetensors import build, fill
@@ -112,36 +114,66 @@ def test_fill_of_shards_refuses(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "two.safetensors"]
 
 
-def test_build_gives_a_file_of_save_file_again(tmp_path: Path) -> None:
-    x, y = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 5).bfloat16())
-    safetensors.torch.save_file(model.state_dict(), x, {"format": "pt"})
-    found = read(x)
-    build(found, _manifest(found), y)
-    assert y.read_bytes() == x.read_bytes()
+def _mixed() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 5).bfloat16())
+    return module.state_dict()
 
 
-def test_build_gives_a_file_of_save_model_again(tmp_path: Path) -> None:
-    x, y = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
-    was = _Tied()
-    safetensors.torch.save_model(was, str(x))
-    found = read(x)
-    build(found, _manifest(found), y)
-    assert y.read_bytes() == x.read_bytes()
-
-
-def test_build_keeps_an_order_of_its_own(tmp_path: Path) -> None:
-    x, y = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+def _in_an_order_of_its_own(path: Path) -> None:
     entries = {
+        "__metadata__": {"z": "é\n", "also.a": "b", "a": "x"},
         "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
         "a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
     }
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    x.write_bytes(len(text).to_bytes(8, "little") + text + b"abcdefgh")
-    found = read(x)
-    build(found, _manifest(found), y)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"abcdefgh")
+
+
+_FILES: dict[str, Callable[[Path], None]] = {
+    "no metadata": lambda path: safetensors.torch.save_file(_mixed(), path),
+    "metadata": lambda path: safetensors.torch.save_file(_mixed(), path, {"format": "pt", "who": "me", "a": "1"}),
+    "of numpy": lambda path: safetensors.numpy.save_file({"fc.weight": np.eye(3), "n": np.zeros((0, 2), "f2")}, path),
+    "equal, not tied": lambda path: safetensors.torch.save_file({"b.w": torch.ones(2), "a.w": torch.ones(2)}, path),
+    "save_model": lambda path: safetensors.torch.save_model(_Tied(), str(path), metadata={"who": "me"}),
+    "ties, a later name kept": lambda path: safetensors.torch.save_file(
+        {"z.weight": torch.rand(3, 2)}, path, {"m.weight": "z.weight", "format": "pt", "a.weight": "z.weight"}
+    ),
+    "an order of its own": _in_an_order_of_its_own,
+}
+
+
+@pytest.mark.parametrize("through_an_archive", [False, True])
+@pytest.mark.parametrize("name", _FILES)
+def test_a_file_converted_to_its_own_format_is_the_same(name: str, through_an_archive: bool, tmp_path: Path) -> None:
+    x, y = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    _FILES[name](x)
+    if through_an_archive:
+        neutral.export_model(x, tmp_path / "x.nwt").close()
+        neutral.import_model(tmp_path / "x.nwt", to="safetensors", out=y)
+    else:
+        neutral.convert(x, y)
     assert y.read_bytes() == x.read_bytes()
+
+
+def test_shards_become_a_file_in_the_usual_order(tmp_path: Path) -> None:
+    """In the order of the index elements of eight bytes could lie behind odd ones, where torch cannot view them."""
+    index = _shards(tmp_path / "m")
+    neutral.convert(index, tmp_path / "y.safetensors")
+    with safetensors.safe_open(tmp_path / "y.safetensors", "pt") as opened:
+        assert list(opened.offset_keys()) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("told", [{"who": "me"}, [["who", "me"]], [["who", "me"], 1, "ab", ["x"]]])
+def test_metadata_of_older_archives_and_nonsense(told: object, tmp_path: Path) -> None:
+    source = Source(framework="safetensors", format="safetensors", settings={"metadata": told})
+    model = NativeModel(
+        "torch", "safetensors", (NativeLayer("", None, {"a": NativeTensor("a", from_array(np.ones(2)))}),)
+    )
+    build(model, Manifest(source=source, layers=(), weights_digest="0" * 64), tmp_path / "x.safetensors")
+    with safetensors.safe_open(tmp_path / "x.safetensors", "np") as opened:
+        assert opened.metadata() == {"who": "me"}
 
 
 def test_build_from_another_framework_ties_for_load_model(tmp_path: Path) -> None:
