@@ -33,7 +33,7 @@ import typer
 import neutral
 from neutral import frameworks, report
 from neutral.containers.files import SourceFile
-from neutral.errors import BadFile, NeutralError, Problem, WrongUsage, printable
+from neutral.errors import BadFile, NeutralError, Problem, WrongUsage, named, printable
 
 if TYPE_CHECKING:
     from neutral.convert import Report
@@ -60,7 +60,12 @@ AnyFile = Annotated[Path, typer.Argument(metavar="FILE", help="An archive, or an
 ArchiveFile = Annotated[Path, typer.Argument(metavar="ARCHIVE", help="An archive (.nwt).")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The file to write; its suffix decides the format.")]
 From = Annotated[
-    str | None, typer.Option("--from", metavar="FORMAT", help="What SOURCE is, where its content alone does not say.")
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="FORMAT",
+        help="What the file is, where its content alone does not say; see `neutral formats`.",
+    ),
 ]
 To = Annotated[
     str | None, typer.Option("--to", metavar="FRAMEWORK", help=f"One of {', '.join(frameworks.FRAMEWORKS)}.")
@@ -68,9 +73,17 @@ To = Annotated[
 Key = Annotated[
     str | None, typer.Option("--key", metavar="NAME", help="Which of several sets of weights in one checkpoint.")
 ]
+IntoKey = Annotated[
+    str | None,
+    typer.Option("--into-key", metavar="NAME", help="Which of several sets of weights in TEMPLATE is to be replaced."),
+]
 Kind = Annotated[
     list[str] | None,
-    typer.Option("--kind", metavar="PATTERN=KIND", help="The kind of the layers that a glob matches. May be repeated."),
+    typer.Option(
+        "--kind",
+        metavar="PATTERN=KIND",
+        help="The kind of the layers that a glob matches (=KIND: a model that is one layer). May be repeated.",
+    ),
 ]
 Flatten = Annotated[
     list[str] | None,
@@ -103,7 +116,7 @@ AllowMissing = Annotated[
     ),
 ]
 Cast = Annotated[bool, typer.Option("--cast", help="Allow a narrower dtype than the source's.")]
-Explain = Annotated[bool, typer.Option("--explain", help="Print which layer went where, and why.")]
+Explain = Annotated[bool, typer.Option("--explain", help="Print which layer went where, why, and what had no partner.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 
 
@@ -301,6 +314,7 @@ def _import(
         typer.Option("--out", "-o", metavar="OUT", help="The file to write; its suffix decides the format."),
     ] = None,
     into: Into = None,
+    into_key: IntoKey = None,
     map_file: MapFile = None,
     allow_unused: AllowUnused = None,
     allow_missing: AllowMissing = None,
@@ -314,7 +328,7 @@ def _import(
         raise WrongUsage(
             Problem("import", "no destination", "--to FRAMEWORK, -o OUT or --into TEMPLATE", "name one of them")
         )
-    writing = _writing(to, into, map_file, allow_unused, allow_missing, cast)
+    writing = _writing(to, into, into_key, map_file, allow_unused, allow_missing, cast)
     with screen.progress(f"import {archive.name}") as progress:
         result = neutral.import_model(archive, out=out, **writing, force=force, progress=progress)
     return _reported(screen, result, explain)
@@ -327,6 +341,7 @@ def _convert(
     out: Out,
     to: To = None,
     into: Into = None,
+    into_key: IntoKey = None,
     map_file: MapFile = None,
     source_format: From = None,
     key: Key = None,
@@ -341,7 +356,7 @@ def _convert(
     """Export and import in one step, without a file in the middle."""
     screen: Screen = ctx.obj
     reading = _reading(source_format, key, kind, flatten)
-    writing = _writing(to, into, map_file, allow_unused, allow_missing, cast)
+    writing = _writing(to, into, into_key, map_file, allow_unused, allow_missing, cast)
     with screen.progress(f"convert {source.name}") as progress:
         result = neutral.convert(source, out, **reading, **writing, force=force, progress=progress)
     return _reported(screen, result, explain)
@@ -352,13 +367,14 @@ def _show(
     ctx: typer.Context,
     file: AnyFile,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    source_format: From = None,
     key: Key = None,
 ) -> int:
     """List the layers of any file that neutral can read."""
     screen: Screen = ctx.obj
     with (
         screen.progress(f"read {file.name}") as progress,
-        neutral.export_model(file, key=key, progress=progress) as archive,
+        neutral.export_model(file, format=source_format, key=key, progress=progress) as archive,
     ):
         manifest = archive.manifest
     if as_json:
@@ -396,12 +412,22 @@ def _diff(
     ctx: typer.Context,
     a: Annotated[Path, typer.Argument(metavar="A", help="An archive, or any model file.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="An archive, or any model file.")],
-    key: Key = None,
+    key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--key",
+            metavar="NAME",
+            help="Which of several sets of weights: of each file that has it, or, given twice, of A and of B.",
+        ),
+    ] = None,
 ) -> int:
     """Compare two files in canonical form: 0 same, 1 different, 2 trouble."""
     screen: Screen = ctx.obj
     screen.trouble = 2
-    difference = neutral.diff(a, b, key=key)
+    if key and len(key) > 2:
+        raise WrongUsage(Problem("--key", f"{len(key)} keys", "one, or two: the first file's and the second's"))
+    key_a, key_b = (*(key or ()), None, None)[:2]
+    difference = neutral.diff(a, b, key=key_a, key_b=key_b)
     for line in difference.lines:
         screen.say(printable(line, 1000))
     if difference.same:
@@ -410,10 +436,17 @@ def _diff(
 
 
 @command("digest")
-def _digest(ctx: typer.Context, file: AnyFile, key: Key = None, kind: Kind = None, flatten: Flatten = None) -> int:
+def _digest(
+    ctx: typer.Context,
+    file: AnyFile,
+    source_format: From = None,
+    key: Key = None,
+    kind: Kind = None,
+    flatten: Flatten = None,
+) -> int:
     """Print the weights digest: equal for equal weights, whatever the framework."""
     screen: Screen = ctx.obj
-    screen.answer(neutral.digest(file, key=key, kinds=_kinds(kind), flatten=_flatten(flatten)))
+    screen.answer(neutral.digest(file, **_reading(source_format, key, kind, flatten)))
     return 0
 
 
@@ -445,11 +478,17 @@ def _verify(
 def _formats(ctx: typer.Context) -> int:
     """List what is readable, writable, and installed."""
     rows = [
-        (name, ", ".join(framework.reads), ", ".join(framework.writes), _versions(framework.installed()))
+        (
+            name,
+            ", ".join(framework.formats),
+            ", ".join(framework.reads),
+            ", ".join(framework.writes),
+            _versions(framework.installed()),
+        )
         for name, framework in frameworks.FRAMEWORKS.items()
     ]
     screen: Screen = ctx.obj
-    screen.table(("framework", "reads", "writes", "installed"), rows)
+    screen.table(("framework", "--from", "reads", "writes", "installed"), rows)
     return 0
 
 
@@ -472,6 +511,7 @@ def _reading(
 def _writing(
     to: str | None,
     into: Path | None,
+    into_key: str | None,
     map_file: Path | None,
     allow_unused: list[str] | None,
     allow_missing: list[str] | None,
@@ -483,6 +523,7 @@ def _writing(
     return {
         "to": to,
         "into": into,
+        "into_key": into_key,
         "mapping": None if map_file is None else read_map(map_file),
         "allow_unused": tuple(allow_unused or ()),
         "allow_missing": tuple(allow_missing or ()),
@@ -494,7 +535,7 @@ def _pairs(option: str, values: list[str] | None, what: str) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for value in values or ():
         left, equals, right = value.rpartition("=")
-        if not equals or not left or not right:
+        if not equals or not right:
             raise WrongUsage(Problem(option, f"{value!r}", what))
         if pairs.setdefault(left, right) != right:
             raise WrongUsage(Problem(option, f"{left!r} twice, as {pairs[left]} and {right}", "it once"))
@@ -511,17 +552,7 @@ def _flatten(values: list[str] | None) -> dict[str, str] | None:
         return None
     if values == ["none"]:
         return {}
-    pairs = _pairs("--flatten", values, "LAYER=CHANNELS, LAYER=:CHANNELS or, alone, `none`")
-    for layer, channels in pairs.items():
-        if not re.fullmatch(
-            r"[1-9][0-9]{0,17}|[1-9][0-9]{0,17}?:[1-9][0-9]{0,17}|:[1-9][0-9]{0,17}|none", channels, re.ASCII
-        ):
-            raise WrongUsage(
-                Problem(
-                    f"--flatten {layer}", f"{channels!r}", "a number of channels, as in fc1=16, fc1=:16 or fc1=16:8"
-                )
-            )
-    return pairs
+    return _pairs("--flatten", values, "LAYER=CHANNELS, LAYER=:CHANNELS or, alone, `none`")
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -579,8 +610,13 @@ def _stem(path: Path) -> str:
 
 
 def _reported(screen: Screen, result: Report, explain: bool) -> int:
-    if explain or screen.verbose:
-        screen.table(("source", "target", "why"), ((pair.source, pair.target, pair.why) for pair in result.pairs))
+    pairing = [
+        *((named(pair.source), named(pair.target), pair.why) for pair in result.pairs),
+        *((named(path), "", "left out") for path in result.unused),
+        *(("", named(path), "kept as it was") for path in result.missing),
+    ]
+    if pairing and (explain or screen.verbose):
+        screen.table(("source", "target", "why"), pairing)
     screen.remark("warning", result.warnings)
     screen.remark("lossy", result.losses)
     screen.remark("note", result.notes)

@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 from neutral.archive import Contents
-from neutral.canon import Binding, Known, bind, compatible, native_tensors, read_layers, recognise
+from neutral.canon import Binding, Known, bind, compatible, kind_advice, native_tensors, read_layers, recognise
 from neutral.canonical import CanonicalLayer
 from neutral.conventions.forms import Convention, Form
-from neutral.errors import NeutralError, Problem, Refused, raise_all
+from neutral.errors import NeutralError, Problem, Refused, an, named, raise_all
 from neutral.frameworks import FRAMEWORKS, Framework
 from neutral.journey import Journey
-from neutral.match import Side, differing_settings, pair_layers
+from neutral.match import Side, differing_settings, idle_patterns, pair_layers
 from neutral.native import NativeLayer, NativeModel, NativeTensor
 from neutral.origin import origin_of, stored_form
 
@@ -47,6 +47,9 @@ def fill_template(
         alike=alike,
     )
     journey.pairs.extend(pairing.pairs)
+    journey.unused, journey.missing = pairing.unused, pairing.missing
+    journey.warnings += idle_patterns("--allow-unused", allow_unused, contents.layers)
+    journey.warnings += idle_patterns("--allow-missing", allow_missing, theirs)
     sources = {layer.path: layer for layer in contents.layers}
     partner = {pair.target: sources[pair.source] for pair in pairing.pairs}
     told = ("config" in contents.source.settings, template.metadata.get("config") is not None)
@@ -109,7 +112,7 @@ def _fill_layer(
         return
     binding = item.binding
     if binding is None and mine[0].kind == "unknown":
-        _fill_unknown(native, mine[0], alike, journey)
+        _fill_unknown(native, mine[0], origin, alike, journey)
         return
     try:
         if binding is None:
@@ -139,7 +142,7 @@ def _fill_layer(
                 )
     except NeutralError as error:
         journey.problems += [
-            replace(p, where=p.where if p.where.startswith(native.path) else f"{native.path}: {p.where}")
+            replace(p, where=p.where if p.where.startswith(native.path) else f"{named(native.path)}: {p.where}")
             for p in error.problems
         ]
         return
@@ -164,7 +167,9 @@ def _fill_state(native: NativeLayer, layers: Sequence[CanonicalLayer], journey: 
                 journey.tensors[goal.name] = tensor.data
 
 
-def _fill_unknown(native: NativeLayer, layer: CanonicalLayer, alike: bool, journey: Journey) -> None:
+def _fill_unknown(
+    native: NativeLayer, layer: CanonicalLayer, origin: Convention, alike: bool, journey: Journey
+) -> None:
     """A layer that neither side knows: the same tensors under the same names, if both frameworks store layers alike."""
     if not alike:
         journey.problems.append(
@@ -172,7 +177,7 @@ def _fill_unknown(native: NativeLayer, layer: CanonicalLayer, alike: bool, journ
                 layer.path,
                 "a layer of unknown kind on both sides",
                 "its kind, to bring it to another framework",
-                f"export again with --kind '{layer.path}=KIND'",
+                kind_advice(layer, origin),
             )
         )
         return
@@ -214,8 +219,8 @@ def _as_known(layer: CanonicalLayer, kind: str, origin: Convention, form: Form |
         raise Refused(
             Problem(
                 layer.path,
-                f"tensors of a {' or '.join(layer.candidates) or 'custom layer'}",
-                f"those of a {kind}",
+                f"tensors of {an(' or '.join(layer.candidates) or 'custom layer')}",
+                f"those of {an(kind)}",
                 "pair it with another layer",
             )
         )
