@@ -46,7 +46,9 @@ _CELL_CLASS = {layer: cell for cell, layer in CELL_OF.items()}
 _COPY = 4 << 20
 
 
-def fill(template: Path, tensors: Mapping[str, Tensor], out: Path, *, force: bool = False) -> None:
+def fill(
+    template: Path, tensors: Mapping[str, Tensor], out: Path, *, force: bool = False, key: str | None = None
+) -> None:
     """A copy of the template with the elements of the datasets named replaced; all else byte for byte as it was."""
     refuse_same(out, template, *(template / name for name in (WEIGHTS,) if template.is_dir()))
     opened = open_keras(template)

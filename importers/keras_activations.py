@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from neutral.conventions.keras_onnx import NOISES, NONNEGATIVE, activation_name
+from neutral.errors import an
 from neutral.importers.keras_builder import Builder
 from neutral.importers.keras_forms import Inexpressible
 from neutral.importers.keras_tensor import KerasTensor
@@ -23,7 +24,7 @@ def named(b: Builder, node: Node) -> list[KerasTensor]:
     name = activation_name(node.op, node.attributes)
     if name is None:
         settings = " and ".join(str(value) for value in node.attributes.values())
-        raise Inexpressible(f"a {node.op} of {settings or 'unusual settings'}", "the settings that Keras has")
+        raise Inexpressible(f"{an(node.op)} of {settings or 'unusual settings'}", "the settings that Keras has")
     like = changed(b.only(node), nonnegative=name in NONNEGATIVE)
     return [b.add(b.name(node), "Activation", {"activation": name}, [b.only(node).json], like)]
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from neutral.errors import Problem
+from neutral.errors import Problem, an
 from neutral.importers.keras_tensor import Config
 from neutral.schema.kinds import (
     GRU,
@@ -314,4 +314,4 @@ def form_of(layer: AnyLayer, known: bool) -> Form:
     try:
         return _FORMS[type(layer)](layer, known)
     except (KeyError, ValueError, IndexError) as error:
-        raise Inexpressible(f"parameters that do not make a {layer.kind} ({error})", "those of its kind") from None
+        raise Inexpressible(f"parameters that do not make {an(layer.kind)} ({error})", "those of its kind") from None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from neutral.conventions.keras_onnx import MERGES
+from neutral.errors import an
 from neutral.importers.keras_activations import changed, number, scaled
 from neutral.importers.keras_builder import Builder
 from neutral.importers.keras_forms import Inexpressible
@@ -24,7 +25,7 @@ def merge(b: Builder, node: Node) -> list[KerasTensor]:
     if len({x.rank for x in tensors}) != 1:
         raise Inexpressible("inputs of different ranks", "inputs of one rank")
     if node.op not in _MERGES:
-        raise Inexpressible(f"a {node.op} of two tensors")
+        raise Inexpressible(f"{an(node.op)} of two tensors")
     tensors = aligned(b, tensors)
     nonnegative = node.op != "Sub" and all(x.nonnegative for x in tensors)
     like = replace(b.like(node, tensors[0].perm, tensors[0]), channels=tensors[0].channels, nonnegative=nonnegative)
@@ -53,7 +54,7 @@ def _with_number(b: Builder, node: Node) -> KerasTensor:
         "Div": (None, 0.0) if first or value == 0 else (1.0 / value, 0.0),
     }.get(node.op, (None, 0.0))
     if scale is None:
-        raise Inexpressible(f"a {node.op} of a tensor and {value}")
+        raise Inexpressible(f"{an(node.op)} of a tensor and {value}")
     return scaled(b, b.name(node), x, scale, offset)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from neutral.conventions.keras_onnx import MERGES
+from neutral.errors import an
 from neutral.importers.keras_activations import (
     cast,
     celu,
@@ -101,6 +102,6 @@ def add_nodes(b: Builder) -> None:
         except Inexpressible as reason:
             b.refuse(node, reason)
         except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-            b.refuse(node, Inexpressible(f"a {node.op} whose settings make no sense ({error})"))
+            b.refuse(node, Inexpressible(f"{an(node.op)} whose settings make no sense ({error})"))
         else:
             b.tensors.update(zip(node.outputs, outputs, strict=False))

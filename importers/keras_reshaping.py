@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from neutral.conventions.keras_onnx import known_product
+from neutral.errors import an
 from neutral.importers.keras_activations import number
 from neutral.importers.keras_builder import Builder
 from neutral.importers.keras_forms import Inexpressible
@@ -97,11 +98,11 @@ def _spaced(b: Builder, node: Node, axes: set[int]) -> KerasTensor:
     """The input with the named axes between the first and the last."""
     x = b.only(node)
     if not 3 <= x.rank <= 5 or 0 in axes:
-        raise Inexpressible(f"a {node.op} along axes {sorted(axes)} of {x.rank}", "spatial axes")
+        raise Inexpressible(f"{an(node.op)} along axes {sorted(axes)} of {x.rank}", "spatial axes")
     if axes & {x.perm[0], x.perm[-1]}:
         x = b.order(x, channels_last(x.rank) if 1 not in axes else as_in_graph(x.rank))
     if axes & {x.perm[0], x.perm[-1]}:
-        raise Inexpressible(f"a {node.op} along axes {sorted(axes)}", "spatial axes alone")
+        raise Inexpressible(f"{an(node.op)} along axes {sorted(axes)}", "spatial axes alone")
     return x
 
 

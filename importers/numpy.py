@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 SUFFIX = ".npz"
 
 
-def fill(template: Path, tensors: Mapping[str, Tensor], out: Path, *, force: bool = False) -> None:
+def fill(
+    template: Path, tensors: Mapping[str, Tensor], out: Path, *, force: bool = False, key: str | None = None
+) -> None:
     """A copy of an `.npz` in which the arrays named have new elements; all else stays as it was."""
     refuse_same(out, template)
     with SourceFile(template) as file:

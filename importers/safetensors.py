@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 SUFFIX = ".safetensors"
 
 
-def fill(template: Path, tensors: Mapping[str, Tensor], out: Path, *, force: bool = False) -> None:
+def fill(
+    template: Path, tensors: Mapping[str, Tensor], out: Path, *, force: bool = False, key: str | None = None
+) -> None:
     """A copy of the template in which the tensors named have new elements; all else stays byte for byte.
 
     For a set of shards `out` is a new folder with the index and the shards, or, if it ends in `.json`, the index,

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 _SAVED_MODEL_SUFFIX = ".savedmodel"
 
 
-def fill(template: Path, tensors: Mapping[str, Tensor], out: Path, *, force: bool = False) -> None:
+def fill(
+    template: Path, tensors: Mapping[str, Tensor], out: Path, *, force: bool = False, key: str | None = None
+) -> None:
     """A copy of a checkpoint or SavedModel with the named tensors replaced, all else byte for byte as it was."""
     prefix, folder = locate(template)
     with Bundle(prefix) as bundle:

@@ -7,7 +7,7 @@ build(model, manifest, Path("new.pt"))                                   a new s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,7 +17,7 @@ from neutral.containers.files import new_file, refuse_same
 from neutral.containers.torch_file import TorchFile
 from neutral.containers.torch_filling import fill as fill_file
 from neutral.containers.torch_refs import DTYPES, TensorRef
-from neutral.containers.torch_tree import choose, weight_sets
+from neutral.containers.torch_tree import Found, WeightSet, choose, weight_sets
 from neutral.containers.torch_writing import write_state_dict
 from neutral.errors import Problem, Refused, Unsupported, printable, raise_all
 from neutral.importers.numpy import fill_live as fill_arrays
@@ -37,13 +37,15 @@ def fill(
 ) -> None:
     """A copy of a file of torch.save in which the tensors named have new elements; all else stays byte for byte.
 
-    `key` names the weight set if the file has several; without it the names must belong to exactly one.
+    `key` names the weight set if the file has several.
     """
     refuse_same(out, template)
     with TorchFile(template) as source:
-        values = _values(source, tensors, key)
+        sets = weight_sets(source.root)
+        chosen = choose(source, sets, key)
+        values = chosen.tensors(str(source.path))
         entries = []
-        problems = []
+        problems = _shared(source, tensors, values, _beside(chosen, sets))
         for name, data in tensors.items():
             ref = values.get(name)
             if type(ref) is TensorRef:
@@ -56,14 +58,37 @@ def fill(
             fill_file(source, entries, file)
 
 
-def _values(source: TorchFile, tensors: Mapping[str, Tensor], key: str | None) -> Mapping[Any, Any]:
-    where = str(source.path)
-    found = weight_sets(source.root)
-    if key is None and len(found.sets) > 1:
-        fitting = [values for values in (s.tensors(where) for s in found.sets) if tensors.keys() <= values.keys()]
-        if len(fitting) == 1:
-            return fitting[0]
-    return choose(source, found, key).tensors(where)
+def _beside(chosen: WeightSet, found: Found) -> list[WeightSet]:
+    """The other sets of a file, but for those in which the chosen one lies, or which lie in it."""
+
+    def within(inner: str, outer: str) -> bool:
+        return f"{inner}.".startswith(f"{outer}." if outer else "")
+
+    return [s for s in found.sets if not within(s.key, chosen.key) and not within(chosen.key, s.key)]
+
+
+def _shared(
+    source: TorchFile, tensors: Mapping[str, Tensor], values: Mapping[Any, Any], others: Sequence[WeightSet]
+) -> list[Problem]:
+    """Tensors to be replaced whose elements another set of the file has, too: it would change with them."""
+    kept: dict[str, list[tuple[int, int, str]]] = {}
+    for other in others:
+        for name, ref in other.tensors(str(source.path)).items():
+            if type(ref) is TensorRef:
+                kept.setdefault(ref.storage.key, []).append((*ref.span, f"{other.key}.{name}"))
+    problems = []
+    for name in tensors:
+        ref = values.get(name)
+        if type(ref) is not TensorRef:
+            continue
+        start, stop = ref.span
+        twin = next((n for a, b, n in kept.get(ref.storage.key, ()) if a < stop and start < b), None)
+        if twin is not None:
+            found = f"elements that {printable(twin, 80)} of another set has, too"
+            problems.append(
+                Problem(name, found, "elements of its own", "save the template with copies of the tensors (clone)")
+            )
+    return problems
 
 
 def fill_live(model: torch.nn.Module | Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from neutral.archive import Contents, manifest_without_digests
-from neutral.canon import Written, binding_for, native_tensors, recognise
+from neutral.canon import Written, binding_for, kind_advice, native_tensors, recognise
 from neutral.canonical import CanonicalLayer, CanonicalTensor
 from neutral.conventions.forms import Convention, same_family
 from neutral.doubts import flatten_remark, undecided_problem
-from neutral.errors import Problem, Refused, raise_all
+from neutral.errors import Problem, Refused, an, raise_all
 from neutral.frameworks import Format, Framework
 from neutral.journey import Journey
 from neutral.native import NativeLayer, NativeModel, NativeTensor
@@ -97,21 +97,21 @@ def _numpy_model(contents: Contents, framework: Framework, origin: Convention, j
         if layer.kind == "unknown" and layer.weights:
             read = recognise(NativeLayer(layer.path, None, tensors), convention)
             if read.binding is not None or read.candidates:
-                journey.problems.append(_unknown_problem(layer, framework))
+                journey.problems.append(_unknown_problem(layer, framework, origin))
         elif layer.undecided and origin.flatten != convention.flatten:
             journey.problems.append(undecided_problem(layer))
         layers.append(NativeLayer(layer.path, layer.kind, tensors, layer.attributes, "class"))
     return NativeModel(framework.name, "npz", tuple(layers))
 
 
-def _unknown_problem(layer: CanonicalLayer, framework: Framework) -> Problem:
-    kinds = f"candidates: {', '.join(layer.candidates)}" if layer.candidates else "no kind that neutral knows fits"
+def _unknown_problem(layer: CanonicalLayer, framework: Framework, origin: Convention) -> Problem:
+    kinds = f"candidates: {', '.join(layer.candidates)}" if layer.candidates else f"tensors {', '.join(layer.weights)}"
     return Problem(
         layer.path,
         f"a layer of unknown kind ({kinds})",
         f"its kind, to write it for {framework.name}",
-        f"export again with --kind '{layer.path}=KIND'"
-        + ("" if framework.name == "numpy" else ", or use --into TEMPLATE"),
+        kind_advice(layer, origin)
+        + (", or use --into TEMPLATE" if layer.candidates and framework.name != "numpy" else ""),
     )
 
 
@@ -132,7 +132,7 @@ def _foreign_model(
     assert framework.target is not None
     for layer in contents.layers:
         if layer.kind == "unknown" and layer.weights:
-            journey.problems.append(_unknown_problem(layer, framework))
+            journey.problems.append(_unknown_problem(layer, framework, origin))
         elif layer.undecided and origin.flatten != convention.flatten and not whole:
             journey.problems.append(undecided_problem(layer))
     raise_all(Refused, journey.problems)
@@ -149,7 +149,7 @@ def _foreign_model(
             journey.problems.append(
                 Problem(
                     layer.path,
-                    f"a {layer.kind} ({binding})",
+                    f"{an(layer.kind)} ({binding})",
                     f"one that {framework.name} can hold as {cls}",
                     "use a template, or another framework",
                 )

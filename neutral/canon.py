@@ -25,7 +25,7 @@ from neutral import rules
 from neutral.canonical import CROSSING, SPATIAL, CanonicalLayer, CanonicalTensor
 from neutral.conventions.forms import Convention, Form, Name, Part, Row, brace_axes, expand, role_expression
 from neutral.crossing import WITH_SPACE, Crossing, Seen, Told, flattened
-from neutral.errors import BadLayout, Problem, Refused, raise_all
+from neutral.errors import BadLayout, Problem, Refused, an, named, raise_all
 from neutral.layout import Layout, layout
 from neutral.native import NativeLayer, NativeModel, NativeTensor, Tensor, stack
 from neutral.schema.kinds import KINDS, LABELS, Evidence
@@ -185,7 +185,7 @@ def recognise(layer: NativeLayer, convention: Convention, hint: str | None = Non
     found, reasons = _bindings(layer, convention, hint)
     if hint is not None and not found:
         raise Refused(
-            Problem(layer.path, f"tensors {_shapes(layer)}", f"those of a {hint} as {convention.framework} stores it ({'; '.join(dict.fromkeys(reasons)) or 'it has none'})", "give another --kind")
+            Problem(layer.path, f"tensors {_shapes(layer)}", f"those of {an(hint)} as {convention.framework} stores it ({'; '.join(dict.fromkeys(reasons)) or 'it has none'})", _other_kind(layer, convention))
         )  # fmt: skip
     kinds = list(dict.fromkeys(_kind_of(binding) for binding in found))
     if hint is None and len(kinds) > 1 and layer.cls is None:
@@ -216,12 +216,40 @@ def _check_hint(known: Known, hint: str) -> None:
     if not any(compatible(bound.part.kind, hint) for bound in known.binding.parts):
         raise Refused(
             Problem(
-                known.layer.path,
-                f"the hint that it is a {hint}",
-                f"a {_kind_of(known.binding)}, which its class {known.layer.cls} says",
+                named(known.layer.path),
+                f"the hint that it is {an(hint)}",
+                f"{an(_kind_of(known.binding))}, which its class {known.layer.cls} says",
                 "leave the hint out",
             )
         )
+
+
+def hintable(shapes: Mapping[str, tuple[int, ...]], convention: Convention) -> tuple[str, ...]:
+    """The kinds that a hint can make of a layer with tensors of these local names and shapes."""
+    bindings = (bind(form, shapes) for form in convention.forms)
+    return tuple(dict.fromkeys(_kind_of(binding) for binding in bindings if not isinstance(binding, str)))
+
+
+def foreign_names(convention: Convention) -> str:
+    """What helps with a layer whose tensors are named as those of no kind: no hint does."""
+    framework = convention.framework
+    return (
+        f"no kind has tensors of these names: rename them as layers of {framework} have them, "
+        f"or fill a {framework} template of the same names"
+    )
+
+
+def kind_advice(layer: CanonicalLayer, convention: Convention) -> str:
+    """What helps with a layer of unknown kind."""
+    if hintable({role: tensor.data.shape for role, tensor in layer.weights.items()}, convention):
+        return f"export again with --kind '{layer.path}=KIND'"
+    return foreign_names(convention)
+
+
+def _other_kind(layer: NativeLayer, convention: Convention) -> str:
+    shapes = {local: tensor.data.shape for local, tensor in layer.tensors.items() if not tensor.state}
+    kinds = hintable(shapes, convention)
+    return f"give another --kind: {', '.join(kinds)}" if kinds else foreign_names(convention)
 
 
 def _kind_of(binding: Binding) -> str:
@@ -277,7 +305,10 @@ def read_layers(
         Refused,
         (
             Problem(
-                name, "no such layer", f"one of {', '.join(k.layer.path for k in known[:20])}", "correct the option"
+                name,
+                "no such layer",
+                f"one of {', '.join(named(k.layer.path) for k in known[:20])}",
+                "correct the option",
             )
             for name in unmatched
         ),
@@ -289,7 +320,7 @@ def read_layers(
         try:
             layers.append((item, _canonical(item, convention, told, crossing)))
         except (BadLayout, Refused) as error:
-            problems.extend(replace(p, where=f"{item.layer.path}: {p.where}") for p in error.problems)
+            problems.extend(replace(p, where=f"{named(item.layer.path)}: {p.where}") for p in error.problems)
     raise_all(Refused, problems)
     return layers
 
@@ -509,7 +540,7 @@ def _write_part(
         try:
             pieces = _row_native(row, bound, layer, data, convention, where, want, out)
         except BadLayout as error:
-            found = f"{row.role} {data.shape} of a {layer.kind}"
+            found = f"{row.role} {data.shape} of {an(layer.kind)}"
             out.problems.append(
                 Problem(
                     where,
@@ -579,7 +610,7 @@ def _defaults(
                 Problem(
                     where,
                     f"no {', '.join(missing)} in {layer.path}",
-                    f"one, for a {layer.kind} cannot be written without",
+                    f"one, for {an(layer.kind)} cannot be written without",
                     "export the whole model",
                 )
             )
@@ -720,7 +751,7 @@ def _bind_canonical(
 
 def _bind_canonical_part(part: Part, level: int, layer: CanonicalLayer, told: Mapping[str, int]) -> BoundPart | str:
     if not compatible(part.kind, layer.kind):
-        return f"it stores a {part.kind}, not a {layer.kind}"
+        return f"it stores {an(part.kind)}, not {an(layer.kind)}"
     roles = dict(layer.weights)
     if "kernel_direction" in roles or "kernel_raw" in roles:
         stored = next(role for role in ("kernel_direction", "kernel_raw") if role in roles)

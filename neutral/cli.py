@@ -34,7 +34,7 @@ import neutral
 from neutral import frameworks, report
 from neutral.archive import SUFFIX
 from neutral.containers.files import SourceFile
-from neutral.errors import BadFile, NeutralError, Problem, WrongUsage, printable
+from neutral.errors import BadFile, NeutralError, Problem, WrongUsage, named, printable
 from neutral.outputs import beside
 
 if TYPE_CHECKING:
@@ -62,7 +62,12 @@ AnyFile = Annotated[Path, typer.Argument(metavar="FILE", help="An archive, or an
 ArchiveFile = Annotated[Path, typer.Argument(metavar="ARCHIVE", help="An archive (.nwt).")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The file to write; its suffix decides the format.")]
 From = Annotated[
-    str | None, typer.Option("--from", metavar="FORMAT", help="What SOURCE is, where its content alone does not say.")
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="FORMAT",
+        help="What the file is, where its content alone does not say; see `neutral formats`.",
+    ),
 ]
 To = Annotated[
     str | None, typer.Option("--to", metavar="FRAMEWORK", help=f"One of {', '.join(frameworks.FRAMEWORKS)}.")
@@ -70,9 +75,17 @@ To = Annotated[
 Key = Annotated[
     str | None, typer.Option("--key", metavar="NAME", help="Which of several sets of weights in one checkpoint.")
 ]
+IntoKey = Annotated[
+    str | None,
+    typer.Option("--into-key", metavar="NAME", help="Which of several sets of weights in TEMPLATE is to be replaced."),
+]
 Kind = Annotated[
     list[str] | None,
-    typer.Option("--kind", metavar="PATTERN=KIND", help="The kind of the layers that a glob matches. May be repeated."),
+    typer.Option(
+        "--kind",
+        metavar="PATTERN=KIND",
+        help="The kind of the layers that a glob matches (=KIND: a model that is one layer). May be repeated.",
+    ),
 ]
 Flatten = Annotated[
     list[str] | None,
@@ -105,7 +118,7 @@ AllowMissing = Annotated[
     ),
 ]
 Cast = Annotated[bool, typer.Option("--cast", help="Allow a narrower dtype than the source's.")]
-Explain = Annotated[bool, typer.Option("--explain", help="Print which layer went where, and why.")]
+Explain = Annotated[bool, typer.Option("--explain", help="Print which layer went where, why, and what had no partner.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 
 
@@ -300,6 +313,7 @@ def _import(
         typer.Option("--out", "-o", metavar="OUT", help="The file to write; its suffix decides the format."),
     ] = None,
     into: Into = None,
+    into_key: IntoKey = None,
     map_file: MapFile = None,
     allow_unused: AllowUnused = None,
     allow_missing: AllowMissing = None,
@@ -313,7 +327,7 @@ def _import(
         raise WrongUsage(
             Problem("import", "no destination", "--to FRAMEWORK, -o OUT or --into TEMPLATE", "name one of them")
         )
-    writing = _writing(to, into, map_file, allow_unused, allow_missing, cast)
+    writing = _writing(to, into, into_key, map_file, allow_unused, allow_missing, cast)
     with screen.progress(f"import {archive.name}") as progress:
         result = neutral.import_model(archive, out=out, **writing, force=force, progress=progress)
     return _reported(screen, result, explain)
@@ -326,6 +340,7 @@ def _convert(
     out: Out,
     to: To = None,
     into: Into = None,
+    into_key: IntoKey = None,
     map_file: MapFile = None,
     source_format: From = None,
     key: Key = None,
@@ -340,7 +355,7 @@ def _convert(
     """Export and import in one step, without a file in the middle."""
     screen: Screen = ctx.obj
     reading = _reading(source_format, key, kind, flatten)
-    writing = _writing(to, into, map_file, allow_unused, allow_missing, cast)
+    writing = _writing(to, into, into_key, map_file, allow_unused, allow_missing, cast)
     with screen.progress(f"convert {source.name}") as progress:
         result = neutral.convert(source, out, **reading, **writing, force=force, progress=progress)
     return _reported(screen, result, explain)
@@ -351,13 +366,14 @@ def _show(
     ctx: typer.Context,
     file: AnyFile,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    source_format: From = None,
     key: Key = None,
 ) -> int:
     """List the layers of any file that neutral can read."""
     screen: Screen = ctx.obj
     with (
         screen.progress(f"read {file.name}") as progress,
-        neutral.export_model(file, key=key, progress=progress) as archive,
+        neutral.export_model(file, format=source_format, key=key, progress=progress) as archive,
     ):
         manifest = archive.manifest
     if as_json:
@@ -395,12 +411,22 @@ def _diff(
     ctx: typer.Context,
     a: Annotated[Path, typer.Argument(metavar="A", help="An archive, or any model file.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="An archive, or any model file.")],
-    key: Key = None,
+    key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--key",
+            metavar="NAME",
+            help="Which of several sets of weights: of each file that has it, or, given twice, of A and of B.",
+        ),
+    ] = None,
 ) -> int:
     """Compare two files in canonical form: 0 same, 1 different, 2 trouble."""
     screen: Screen = ctx.obj
     screen.trouble = 2
-    difference = neutral.diff(a, b, key=key)
+    if key and len(key) > 2:
+        raise WrongUsage(Problem("--key", f"{len(key)} keys", "one, or two: the first file's and the second's"))
+    key_a, key_b = (*(key or ()), None, None)[:2]
+    difference = neutral.diff(a, b, key=key_a, key_b=key_b)
     for line in difference.lines:
         screen.say(printable(line, 1000))
     if difference.same:
@@ -409,10 +435,17 @@ def _diff(
 
 
 @command("digest")
-def _digest(ctx: typer.Context, file: AnyFile, key: Key = None, kind: Kind = None, flatten: Flatten = None) -> int:
+def _digest(
+    ctx: typer.Context,
+    file: AnyFile,
+    source_format: From = None,
+    key: Key = None,
+    kind: Kind = None,
+    flatten: Flatten = None,
+) -> int:
     """Print the weights digest: equal for equal weights, whatever the framework."""
     screen: Screen = ctx.obj
-    with neutral.export_model(file, key=key, kinds=_kinds(kind), flatten=_flatten(flatten)) as archive:
+    with neutral.export_model(file, **_reading(source_format, key, kind, flatten)) as archive:
         if archive.path is not None:
             archive.check()
         questions = report.open_questions(archive.manifest)
@@ -449,11 +482,17 @@ def _verify(
 def _formats(ctx: typer.Context) -> int:
     """List what is readable, writable, and installed."""
     rows = [
-        (name, ", ".join(framework.reads), ", ".join(framework.suffixes), _versions(framework.installed()))
+        (
+            name,
+            ", ".join(framework.formats),
+            ", ".join(framework.reads),
+            ", ".join(framework.suffixes),
+            _versions(framework.installed()),
+        )
         for name, framework in frameworks.FRAMEWORKS.items()
     ]
     screen: Screen = ctx.obj
-    screen.table(("framework", "reads", "writes", "installed"), rows)
+    screen.table(("framework", "--from", "reads", "writes", "installed"), rows)
     return 0
 
 
@@ -476,6 +515,7 @@ def _reading(
 def _writing(
     to: str | None,
     into: Path | None,
+    into_key: str | None,
     map_file: Path | None,
     allow_unused: list[str] | None,
     allow_missing: list[str] | None,
@@ -487,6 +527,7 @@ def _writing(
     return {
         "to": to,
         "into": into,
+        "into_key": into_key,
         "mapping": None if map_file is None else read_map(map_file),
         "allow_unused": tuple(allow_unused or ()),
         "allow_missing": tuple(allow_missing or ()),
@@ -498,7 +539,7 @@ def _pairs(option: str, values: list[str] | None, what: str) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for value in values or ():
         left, equals, right = value.rpartition("=")
-        if not equals or not left or not right:
+        if not equals or not right:
             raise WrongUsage(Problem(option, f"{value!r}", what))
         if pairs.setdefault(left, right) != right:
             raise WrongUsage(Problem(option, f"{left!r} twice, as {pairs[left]} and {right}", "it once"))
@@ -515,17 +556,7 @@ def _flatten(values: list[str] | None) -> dict[str, str] | None:
         return None
     if values == ["none"]:
         return {}
-    pairs = _pairs("--flatten", values, "LAYER=CHANNELS, LAYER=:CHANNELS or, alone, `none`")
-    for layer, channels in pairs.items():
-        if not re.fullmatch(
-            r"[1-9][0-9]{0,17}|[1-9][0-9]{0,17}?:[1-9][0-9]{0,17}|:[1-9][0-9]{0,17}|none", channels, re.ASCII
-        ):
-            raise WrongUsage(
-                Problem(
-                    f"--flatten {layer}", f"{channels!r}", "a number of channels, as in fc1=16, fc1=:16 or fc1=16:8"
-                )
-            )
-    return pairs
+    return _pairs("--flatten", values, "LAYER=CHANNELS, LAYER=:CHANNELS or, alone, `none`")
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -576,8 +607,13 @@ def read_map(path: Path) -> dict[str, str]:
 
 
 def _reported(screen: Screen, result: Report, explain: bool) -> int:
-    if explain or screen.verbose:
-        screen.table(("source", "target", "why"), ((pair.source, pair.target, pair.why) for pair in result.pairs))
+    pairing = [
+        *((named(pair.source), named(pair.target), pair.why) for pair in result.pairs),
+        *((named(path), "", "left out") for path in result.unused),
+        *(("", named(path), "kept as it was") for path in result.missing),
+    ]
+    if pairing and (explain or screen.verbose):
+        screen.table(("source", "target", "why"), pairing)
     screen.remark("warning", result.warnings)
     screen.remark("lossy", result.losses)
     screen.remark("note", result.notes)

@@ -13,18 +13,18 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neutral import frameworks
-from neutral.archive import SUFFIX, Archive, Contents, describe, file_digest, open_archive, write_archive
+from neutral.archive import SUFFIX, Archive, Contents, Progress, describe, file_digest, open_archive, write_archive
 from neutral.building import build_model
 from neutral.containers.files import check_output, refuse_same
 from neutral.conventions.forms import same_family
 from neutral.doubts import agreed
-from neutral.errors import BadFile, Problem, Refused, Unsupported, WrongUsage
+from neutral.errors import BadFile, Problem, Refused, Unsupported, WrongUsage, named, reworded
 from neutral.filling import fill_template, is_chain
 from neutral.frameworks import ARCHIVE, FRAMEWORKS
 from neutral.journey import Journey
@@ -51,15 +51,18 @@ if TYPE_CHECKING:
     from neutral.verify import Verification
 
 
-Progress = Callable[[int, int], None]
-
-
 @dataclass(frozen=True)
 class Report:
-    """What an import did: where to, which layer went where and why, what was lost, and what else to know."""
+    """What an import did: where to, which layer went where and why, what was lost, and what else to know.
+
+    `unused` layers of the source went nowhere, `missing` ones of the template kept their weights. `layers` counts those
+    that were written.
+    """
 
     out: Path | None
     pairs: tuple[Pair, ...] = ()
+    unused: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     losses: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -136,6 +139,7 @@ def import_model(
     to: str | None = None,
     *,
     into: Model | None = None,
+    into_key: str | None = None,
     out: str | os.PathLike[str] | None = None,
     mapping: Mapping[str, str] | None = None,
     allow_unused: Sequence[str] = (),
@@ -150,6 +154,7 @@ def import_model(
         import_model("lenet5.nwt", into="other.h5", out="new.h5")     a copy of other.h5 with these weights
         import_model("lenet5.nwt", into=module)                       a live torch or Keras model, in place
 
+    `into_key` chooses one of several sets of weights in the template; the others stay as they are.
     With a template (`into`) layers are paired by `mapping` (source path -> template path), by name, and by structure
     where that is unique. `allow_unused` and `allow_missing` are globs on layer paths of the archive and the template.
     `cast` allows a narrower dtype. Raises `Refused` with all that does not fit; then nothing was written.
@@ -159,13 +164,35 @@ def import_model(
         if archive.path is not None:
             archive.check(progress)
         return _import(
-            archive.contents, archive.path, to, into, out, mapping, allow_unused, allow_missing, cast, force, started
+            archive.contents,
+            archive.path,
+            to,
+            into,
+            into_key,
+            out,
+            mapping,
+            allow_unused,
+            allow_missing,
+            cast,
+            force,
+            started,
         )
     check_archive(Path(archive))
     with open_archive(archive) as opened:
         opened.check(progress)
         return _import(
-            opened.contents, opened.path, to, into, out, mapping, allow_unused, allow_missing, cast, force, started
+            opened.contents,
+            opened.path,
+            to,
+            into,
+            into_key,
+            out,
+            mapping,
+            allow_unused,
+            allow_missing,
+            cast,
+            force,
+            started,
         )
 
 
@@ -205,6 +232,7 @@ def convert(
     *,
     to: str | None = None,
     into: Model | None = None,
+    into_key: str | None = None,
     format: str | None = None,
     key: str | None = None,
     kinds: Mapping[str, str] | None = None,
@@ -219,7 +247,7 @@ def convert(
     """Export and import without a file in the middle; an `out` that ends with `.nwt` is an export alone."""
     started = time.monotonic()
     target = None if out is None else Path(out)
-    if target is not None and suffix_of(target) == SUFFIX and to is None and into is None:
+    if target is not None and suffix_of(target) == SUFFIX and to is None and into is None and into_key is None:
         with export_model(
             source, target, format=format, key=key, kinds=kinds, flatten=flatten, force=force, progress=progress
         ) as archive:
@@ -229,7 +257,9 @@ def convert(
     check_kinds(kinds)
     contents, close, where = read_source(source, format, key, kinds, flatten_channels(flatten))
     try:
-        return _import(contents, where, to, into, target, mapping, allow_unused, allow_missing, cast, force, started)
+        return _import(
+            contents, where, to, into, into_key, target, mapping, allow_unused, allow_missing, cast, force, started
+        )
     finally:
         close()
 
@@ -239,6 +269,7 @@ def _import(
     where: Path | None,
     to: str | None,
     into: Model | None,
+    into_key: str | None,
     out: str | os.PathLike[str] | None,
     mapping: Mapping[str, str] | None,
     allow_unused: Sequence[str],
@@ -256,12 +287,16 @@ def _import(
                     "into", "a live model and an output", "one of them", "leave `out` away, or give a template file"
                 )
             )
+        if into_key is not None:
+            raise WrongUsage(Problem("into", "a live model and a key", "a model file", "leave the key away"))
         _fill_live(contents, into, mapping, allow_unused, allow_missing, cast, journey)
-        return _report(None, journey, count, started)
+        return _report(None, journey, len(journey.pairs), started)
     template = None if into is None else Path(into)
-    if template is None and (mapping or allow_unused or allow_missing):
+    if template is None and (mapping or allow_unused or allow_missing or into_key is not None):
         raise WrongUsage(
-            Problem("import", "a map or patterns without a template", "--into TEMPLATE", "name the template")
+            Problem(
+                "import", "a map, patterns or --into-key without a template", "--into TEMPLATE", "name the template"
+            )
         )
     target = Path(out) if out is not None else default_output(contents, where, to, template)
     if template is not None:
@@ -282,27 +317,30 @@ def _import(
     refuse_same(target, *(path for path in (where, template) if path is not None))
     with ExitStack() as stack:
         if template is not None:
-            native = stack.enter_context(opened(framework, template))
+            native = stack.enter_context(opened(framework, template, into_key))
             fill_template(contents, native, framework, mapping, allow_unused, allow_missing, cast, journey)
             built, expected = None, {name: Witnessed(tensor) for name, tensor in journey.tensors.items()}
             work = stack.enter_context(work_beside(target))
-            framework.writer().fill(template, expected, work / target.name)
+            framework.writer().fill(template, expected, work / target.name, key=into_key)
+            count = len(journey.pairs)
         else:
             built, manifest = build_model(contents, framework, form, target, journey)
             built, expected = witnessed(built)
             work = stack.enter_context(work_beside(target))
             framework.writer().build(built, manifest, work / target.name)
         if form.reads:
-            compare_written(framework, work / target.name, target, expected, built)
+            compare_written(framework, work / target.name, target, expected, built, into_key)
         move_into_place(work, target, force)
     return _report(target, journey, count, started)
 
 
 def _report(out: Path | None, journey: Journey, layers: int, started: float) -> Report:
-    losses = tuple(dict.fromkeys(f"{loss.layer}: {loss.detail}" for loss in journey.losses))
+    losses = tuple(dict.fromkeys(f"{named(loss.layer)}: {loss.detail}" for loss in journey.losses))
     return Report(
         out,
         tuple(journey.pairs),
+        journey.unused,
+        journey.missing,
         losses,
         tuple(dict.fromkeys(journey.warnings)),
         tuple(dict.fromkeys(journey.notes)),
@@ -337,6 +375,7 @@ class Difference:
 def digest(
     source: Model,
     *,
+    format: str | None = None,
     key: str | None = None,
     kinds: Mapping[str, str] | None = None,
     flatten: Mapping[str, str] | None = None,
@@ -345,13 +384,15 @@ def digest(
 
     Equal files that do not say the same of their layers (kinds, what follows a Flatten) differ; hints make them alike.
     """
-    with export_model(source, key=key, kinds=kinds, flatten=flatten) as archive:
+    with export_model(source, format=format, key=key, kinds=kinds, flatten=flatten) as archive:
         _check_file(archive)
         return archive.manifest.weights_digest
 
 
-def diff(a: Model, b: Model, *, key: str | None = None) -> Difference:
+def diff(a: Model, b: Model, *, key: str | None = None, key_b: str | None = None) -> Difference:
     """Compare the weights of two models in canonical form.
+
+    `key` and `key_b` choose among several sets of weights: of `a` and of `b`, or `key` alone of each that has it.
 
     Layers of equal names are compared with each other; names that only count layers are none if the two sides count
     otherwise. The others are paired by their digests. Where both models are chains their order counts, too. What one side
@@ -360,21 +401,21 @@ def diff(a: Model, b: Model, *, key: str | None = None) -> Difference:
     from neutral.verify import differing
 
     with ExitStack() as stack:
-        left, right = (_contents(stack, each, key) for each in (a, b))
+        left, right = _both(stack, a, b, key, key_b)
         conventions = [origin_of(contents).convention() for contents in (left, right)]
         alike = same_family(*conventions)
         paths = [[layer.path for layer in each.layers if layer.weights] for each in (left, right)]
-        named = named_pairs(paths[0], paths[1], alike)
+        by_name = named_pairs(paths[0], paths[1], alike)
         sides = [
             Side(each.layers, is_chain(each.ordered, each.source.settings, convention), each.graph)
             for each, convention in zip((left, right), conventions, strict=True)
         ]
-        partners = _partners(sides, alike) or named
+        partners = _partners(sides, alike) or by_name
         ours, theirs, unsettled = agreed(left, right, partners)
         lines = differing(
             describe(replace(left, layers=ours), close=lambda: None),
             describe(replace(right, layers=theirs), close=lambda: None),
-            named | {path: partners[path] for path in unsettled},
+            by_name | {path: partners[path] for path in unsettled},
             all(side.chain for side in sides),
             unsettled,
         )
@@ -393,6 +434,26 @@ def _partners(sides: Sequence[Side], alike: bool) -> dict[str, str]:
         return {pair.source: pair.target for pair in pair_layers(*sides, alike=alike).pairs}
     except Refused:
         return {}
+
+
+def _both(stack: ExitStack, a: Model, b: Model, key: str | None, key_b: str | None) -> tuple[Contents, Contents]:
+    if key is None or key_b is not None:
+        return _contents(stack, a, key), _contents(stack, b, key_b)
+    left, left_has_none = _keyed(stack, a, key)
+    right, right_has_none = _keyed(stack, b, key)
+    if left_has_none and right_has_none:
+        raise Refused(*left_has_none, *right_has_none)
+    return left, right
+
+
+def _keyed(stack: ExitStack, source: Model, key: str) -> tuple[Contents, tuple[Problem, ...]]:
+    """The set of a model that `key` names; where there is one set alone, that set, and why the key names none."""
+    try:
+        return _contents(stack, source, key), ()
+    except (Refused, WrongUsage) as error:
+        with suppress(Refused, WrongUsage):
+            return _contents(stack, source, None), error.problems
+        raise
 
 
 def _check_file(archive: Archive) -> None:
@@ -443,7 +504,9 @@ def _runnable(path: Path, stack: ExitStack) -> Runnable:
     if running.is_program(path):
         return running.torch_program(path)
     found = frameworks.detect(path)
-    with export_model(path) as archive:
+    with reworded("choose one: ", "export one of them and verify its archive: "):
+        archive = export_model(path)
+    with archive:
         reasons: list[Problem] = []
         if found in _RUN_BY and path.is_dir() == (found[1] == "savedmodel"):
             run: Callable[[Path, Manifest], Runnable] = getattr(running, _RUN_BY[found])
@@ -467,7 +530,9 @@ def _from_graph(archive: Archive, where: str, stack: ExitStack) -> Runnable:
     problems: list[Problem] = []
     for framework in sorted(_REBUILT_AS, key=lambda name: name != own):
         if not running.installed(framework):
-            problems.append(Problem(where, f"{framework} missing", "it, to run the model"))
+            problems.append(
+                Problem(where, f"{framework} missing", "it, to run the model", f"install neutral-weights[{framework}]")
+            )
             continue
         file = work / _REBUILT_AS[framework]
         try:

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from neutral.archive import Contents
-from neutral.canon import bind, compatible, read_layers
+from neutral.canon import bind, compatible, kind_advice, read_layers
 from neutral.canonical import CanonicalLayer
 from neutral.conventions.forms import Convention, Form, same_family
-from neutral.errors import NeutralError, Problem, Refused
+from neutral.errors import NeutralError, Problem, Refused, an
 from neutral.native import NativeLayer, NativeModel, NativeTensor
 from neutral.origin import origin_of, stored_form
 
@@ -24,8 +24,8 @@ def as_known(layer: CanonicalLayer, kind: str, origin: Convention, form: Form | 
         raise Refused(
             Problem(
                 layer.path,
-                f"tensors of a {' or '.join(layer.candidates) or 'custom layer'}",
-                f"those of a {kind}",
+                f"tensors of {an(' or '.join(layer.candidates) or 'custom layer')}",
+                f"those of {an(kind)}",
                 "pair it with another layer",
             )
         )
@@ -189,7 +189,7 @@ def _open_between(a: CanonicalLayer, b: CanonicalLayer, left: Contents, right: C
     """What would have to be known to compare two layers."""
     ours, theirs = origin_of(left).convention(), origin_of(right).convention()
     if a.kind == b.kind == "unknown" and not same_family(ours, theirs):
-        return unknown_problem(a) if _element_counts(a) == _element_counts(b) else None
+        return unknown_problem(a, ours) if _element_counts(a) == _element_counts(b) else None
     if ours.flatten == theirs.flatten or _shapes(a) != _shapes(b):
         return None
     return next((undecided_problem(layer) for layer in (a, b) if layer.undecided), None)
@@ -203,13 +203,13 @@ def _element_counts(layer: CanonicalLayer) -> list[int]:
     return sorted(tensor.data.size for tensor in layer.weights.values())
 
 
-def unknown_problem(layer: CanonicalLayer) -> Problem:
+def unknown_problem(layer: CanonicalLayer, origin: Convention) -> Problem:
     """What to say of a layer of which neither side knows the kind."""
     return Problem(
         layer.path,
         "a layer of unknown kind on both sides",
         "its kind, for frameworks store it in different orders",
-        f"export again with --kind '{layer.path}=KIND'",
+        kind_advice(layer, origin),
     )
 
 

@@ -10,8 +10,10 @@ anything is raised, so that a user sees all of them at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 _LONGEST = 400
 
@@ -30,6 +32,27 @@ def printable(text: object, limit: int = _LONGEST) -> str:
     return safe if len(safe) <= limit else safe[: limit - 1] + "…"
 
 
+def named(path: str) -> str:
+    """A layer's path in words: a bare module's state dict has one layer, whose path is empty.
+
+    >>> named("fc1"), named("")
+    ('fc1', 'the model itself')
+    """
+    return path or "the model itself"
+
+
+_AN = re.compile(r"[aeio]|u(?!ni|int)|(lstm|rms|rnn)", re.IGNORECASE)
+
+
+def an(noun: str) -> str:
+    """A noun with its article.
+
+    >>> an("embedding"), an("lstm"), an("dense")
+    ('an embedding', 'an lstm', 'a dense')
+    """
+    return f"{'an' if _AN.match(noun) else 'a'} {noun}"
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong: where, what was found, what was expected, what to do about it."""
@@ -45,7 +68,7 @@ class Problem:
             parts.append(f"expected {self.expected}")
         if self.do:
             parts.append(self.do)
-        return printable(self.where) + ": " + ", ".join(printable(part, 1000) for part in parts)
+        return printable(named(self.where)) + ": " + ", ".join(printable(part, 1000) for part in parts)
 
 
 class NeutralError(Exception):
@@ -77,6 +100,20 @@ class BadLayout(NeutralError):
 
 class WrongUsage(NeutralError):
     """The request itself makes no sense: an unknown name, options that exclude each other."""
+
+
+@contextmanager
+def reworded(said: str, meant: str) -> Iterator[None]:
+    """What is refused inside the block, in the words of who asked: a reader knows no option but its own `--key`."""
+    try:
+        yield
+    except NeutralError as error:
+        raise type(error)(
+            *(
+                replace(p, **{part: getattr(p, part).replace(said, meant) for part in ("found", "expected", "do")})
+                for p in error.problems
+            )
+        ) from error
 
 
 def raise_all(kind: type[NeutralError], problems: Iterable[Problem]) -> None:

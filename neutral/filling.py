@@ -15,10 +15,10 @@ from neutral.canon import Binding, Known, bind, native_tensors, read_layers, rec
 from neutral.canonical import CanonicalLayer
 from neutral.conventions.forms import Convention, Form, same_family
 from neutral.doubts import as_known, flatten_remark, reconciled, source_told, unknown_problem
-from neutral.errors import NeutralError, Problem, Refused, raise_all
+from neutral.errors import NeutralError, Problem, Refused, named, raise_all
 from neutral.frameworks import FRAMEWORKS, Framework
 from neutral.journey import Journey
-from neutral.match import Side, differing_settings, pair_layers
+from neutral.match import Side, differing_settings, idle_patterns, pair_layers
 from neutral.native import NativeLayer, NativeModel
 from neutral.origin import origin_of, stored_form
 
@@ -48,6 +48,9 @@ def fill_template(
         alike=alike,
     )
     journey.pairs.extend(pairing.pairs)
+    journey.unused, journey.missing = pairing.unused, pairing.missing
+    journey.warnings += idle_patterns("--allow-unused", allow_unused, contents.layers)
+    journey.warnings += idle_patterns("--allow-missing", allow_missing, theirs)
     sources = {layer.path: layer for layer in contents.layers}
     partner = {pair.target: sources[pair.source] for pair in pairing.pairs}
     told = ("config" in contents.source.settings, template.metadata.get("config") is not None)
@@ -106,7 +109,7 @@ def _fill_layer(
         return
     binding = item.binding
     if binding is None and mine[0].kind == "unknown":
-        _fill_unknown(native, mine[0], alike, journey)
+        _fill_unknown(native, mine[0], origin, alike, journey)
         return
     try:
         if binding is None:
@@ -136,7 +139,7 @@ def _fill_layer(
                 )
     except NeutralError as error:
         journey.problems += [
-            replace(p, where=p.where if p.where.startswith(native.path) else f"{native.path}: {p.where}")
+            replace(p, where=p.where if p.where.startswith(native.path) else f"{named(native.path)}: {p.where}")
             for p in error.problems
         ]
         return
@@ -161,10 +164,12 @@ def _fill_state(native: NativeLayer, layers: Sequence[CanonicalLayer], journey: 
                 journey.tensors[goal.name] = tensor.data
 
 
-def _fill_unknown(native: NativeLayer, layer: CanonicalLayer, alike: bool, journey: Journey) -> None:
+def _fill_unknown(
+    native: NativeLayer, layer: CanonicalLayer, origin: Convention, alike: bool, journey: Journey
+) -> None:
     """A layer that neither side knows: the same tensors under the same names, if both frameworks store layers alike."""
     if not alike:
-        journey.problems.append(unknown_problem(layer))
+        journey.problems.append(unknown_problem(layer, origin))
         return
     for role, tensor in layer.weights.items():
         goal = native.tensors.get(role)

@@ -253,7 +253,7 @@ def detect(path: str | os.PathLike[str]) -> tuple[str, str]:
             str(where),
             "content that no reader knows" if head else "an empty file",
             "a file of a format that `neutral formats` lists",
-            "say what it is with --from",
+            "say what a source is with --from (of export, convert, show, digest)",
         )
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from neutral.canon import Written
-from neutral.errors import Problem
+from neutral.errors import Problem, named
 from neutral.match import Pair
 from neutral.native import Tensor
 from neutral.schema.manifest import Loss
@@ -17,6 +17,8 @@ class Journey:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     pairs: list[Pair] = field(default_factory=list)
+    unused: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     losses: list[Loss] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -24,5 +26,5 @@ class Journey:
 
     def take(self, written: Written) -> None:
         self.losses += [Loss(rule=rule, layer=layer, detail=detail) for rule, layer, detail in written.losses]
-        self.notes += [f"{where}: {says}" for _, where, says in written.applied]
+        self.notes += [f"{named(where)}: {says}" for _, where, says in written.applied]
         self.problems += written.problems

@@ -16,7 +16,7 @@ from typing import Any
 
 from neutral.canon import compatible
 from neutral.canonical import CanonicalLayer
-from neutral.errors import Problem, Refused, raise_all
+from neutral.errors import Problem, Refused, an, named, raise_all
 from neutral.schema.graph import Graph
 from neutral.schema.kinds import KINDS
 
@@ -98,12 +98,19 @@ def pair_layers(
     return Pairing(tuple(sorted(pairs.values(), key=lambda p: order[p.source])), unused, missing)
 
 
+def idle_patterns(flag: str, patterns: Sequence[str], layers: Iterable[CanonicalLayer]) -> list[str]:
+    """What to say of patterns that no layer matches."""
+    paths = [layer.path for layer in layers if layer.weights]
+    idle = [pattern for pattern in patterns if not any(fnmatchcase(path, pattern) for path in paths)]
+    return [f"{flag} {pattern!r} matches no layer; there are {', '.join(map(named, paths[:12]))}" for pattern in idle]
+
+
 def _left_over(path: str, layer: CanonicalLayer, others: Any, mine: str, theirs: str, flag: str) -> Problem:
     near = [other.path for other in others if not conflicts(layer, other)]
     candidates = f"; candidates: {', '.join(near[:8])}" if near else ""
     return Problem(
         path,
-        f"a {_described(layer)} of the {mine} without a partner",
+        f"{an(_described(layer))} of the {mine} without a partner",
         f"exactly one in the {theirs}{candidates}",
         f"pair it in a --map file, or pass {flag} '{path}'",
     )
@@ -121,13 +128,19 @@ def _by_map(
         if source not in left:
             problems.append(
                 Problem(
-                    source, "no such layer in the archive", f"one of {', '.join(list(left)[:12])}", "correct the map"
+                    source,
+                    "no such layer in the archive",
+                    f"one of {', '.join(map(named, list(left)[:12]))}",
+                    "correct the map",
                 )
             )
         elif target not in right:
             problems.append(
                 Problem(
-                    target, "no such layer in the template", f"one of {', '.join(list(right)[:12])}", "correct the map"
+                    target,
+                    "no such layer in the template",
+                    f"one of {', '.join(map(named, list(right)[:12]))}",
+                    "correct the map",
                 )
             )
         elif target in taken:
@@ -315,7 +328,7 @@ def conflicts(source: CanonicalLayer, target: CanonicalLayer) -> str:
             return ""
         return f"{_described(source)} against {_described(target)}"
     if not compatible(source.kind, target.kind):
-        return f"a {source.kind} against a {target.kind}"
+        return f"{an(source.kind)} against {an(target.kind)}"
     ours, theirs = _comparable(source), _comparable(target)
     for role in ours.keys() & theirs.keys():
         if ours[role] != theirs[role]:

@@ -10,7 +10,7 @@ from neutral.archive import Contents
 from neutral.canon import native_tensors, source_binding
 from neutral.canonical import CanonicalLayer
 from neutral.conventions.forms import Form
-from neutral.errors import Problem, Refused, Unsupported, raise_all
+from neutral.errors import Problem, Refused, Unsupported, an, raise_all
 from neutral.frameworks import FRAMEWORKS, Framework
 from neutral.native import NativeLayer, NativeModel, NativeTensor
 
@@ -72,7 +72,7 @@ def native_again(contents: Contents, framework: Framework) -> NativeModel:
                 problems.append(
                     Problem(
                         path,
-                        f"a {parts[0].kind} whose form is not known any more",
+                        f"{an(parts[0].kind)} whose form is not known any more",
                         f"a form of {convention.framework}",
                         "export the source again",
                     )

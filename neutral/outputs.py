@@ -13,7 +13,7 @@ from pathlib import Path
 from neutral import frameworks
 from neutral.archive import Contents
 from neutral.containers.files import check_output
-from neutral.errors import BadFile, NeutralError, Problem, Refused, WrongUsage
+from neutral.errors import BadFile, NeutralError, Problem, Refused, WrongUsage, reworded
 from neutral.frameworks import ARCHIVE, FRAMEWORKS, Format, Framework
 from neutral.native import NativeModel, Tensor, Witnessed
 from neutral.suffixes import suffix_of, without_suffix
@@ -104,8 +104,9 @@ def check_target(target: Path, framework: Framework, force: bool) -> None:
 
 
 @contextmanager
-def opened(framework: Framework, path: Path) -> Iterator[NativeModel]:
-    native: NativeModel = framework.reader().read(path)
+def opened(framework: Framework, path: Path, key: str | None = None) -> Iterator[NativeModel]:
+    with reworded("--key", "--into-key"):
+        native: NativeModel = framework.reader().read(path, key=key)
     try:
         yield native
     finally:
@@ -158,7 +159,12 @@ def _check_replaceable(goal: Path, made: Path) -> None:
 
 
 def compare_written(
-    framework: Framework, written: Path, target: Path, expected: Mapping[str, Witnessed], built: NativeModel | None
+    framework: Framework,
+    written: Path,
+    target: Path,
+    expected: Mapping[str, Witnessed],
+    built: NativeModel | None,
+    key: str | None = None,
 ) -> None:
     """Read the output back with the reader and compare every element with what was meant.
 
@@ -168,10 +174,10 @@ def compare_written(
     places = {
         t.name: (layer.path, local) for layer in (built.layers if built else ()) for local, t in layer.tensors.items()
     }
-    with opened(framework, written) as native:
-        named = {tensor.name: tensor.data for tensor in native.tensors()}
-        for tensors in native.collections.values():
-            named.update({tensor.name: tensor.data for tensor in tensors})
+    with opened(framework, written, key) as native:
+        # Another set of weights in the file may have the same names: those of the chosen one go before.
+        aside = (tensor for tensors in native.collections.values() for tensor in tensors)
+        named = {tensor.name: tensor.data for tensor in (*aside, *native.tensors())}
         placed = {(layer.path, local): t.data for layer in native.layers for local, t in layer.tensors.items()}
         found = {name: named.get(name, placed.get(places.get(name, ("", "")))) for name in expected}
         there = {name: tensor for name, tensor in found.items() if tensor is not None}

@@ -10,8 +10,10 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
-from neutral.errors import printable
-from neutral.schema.kinds import Parameter
+from neutral.canon import hintable
+from neutral.errors import named, printable
+from neutral.frameworks import FRAMEWORKS
+from neutral.schema.kinds import Layer, Parameter
 from neutral.schema.manifest import Manifest
 
 COLUMNS = ("layer", "kind", "parameter", "axes", "shape", "dtype", "size")
@@ -31,7 +33,7 @@ def summary(manifest: Manifest) -> str:
 def rows(manifest: Manifest) -> Iterator[tuple[str, ...]]:
     """One row per parameter, under COLUMNS; a layer is named in its first row only."""
     for layer in manifest.layers:
-        first: tuple[str, str] = (layer.path, layer.kind)
+        first: tuple[str, str] = (named(layer.path), layer.kind)
         if not layer.parameters:
             yield (*first, "", "", "", "", "")
         for role, parameter in layer.parameters.items():
@@ -42,20 +44,33 @@ def rows(manifest: Manifest) -> Iterator[tuple[str, ...]]:
             first = ("", "")
 
 
+_UNKNOWN = {
+    True: "--kind PATTERN=KIND says what they are",
+    False: "no kind has tensors of these names, so that only a template with the same ones takes them",
+}
+"""What to do about layers of unknown kind: whether the names of their tensors are those of a kind -> advice."""
+
+
 def open_questions(manifest: Manifest) -> Iterator[str]:
     """What the source did not say, with the option that says it."""
-    unknown = [layer.path for layer in manifest.layers if layer.kind == "unknown"]
-    if unknown:
-        yield (
-            f"{count(len(unknown), 'layer')} of unknown kind ({_some(unknown)}), kept as in the source; "
-            "--kind PATTERN=KIND says what they are"
-        )
+    unknown = {layer.path: _hintable(manifest, layer) for layer in manifest.layers if layer.kind == "unknown"}
+    for fits, advice in _UNKNOWN.items():
+        paths = [path for path, found in unknown.items() if found == fits]
+        if paths:
+            yield f"{count(len(paths), 'layer')} of unknown kind ({_some(paths)}), kept as in the source; {advice}"
     undecided = [layer.path for layer in manifest.layers if layer.undecided]
     if undecided:
         yield (
             f"{count(len(undecided), 'layer')} may stand behind a Flatten ({_some(undecided)}); "
             "--flatten LAYER=CHANNELS, or --flatten none, says so"
         )
+
+
+def _hintable(manifest: Manifest, layer: Layer) -> bool:
+    """True if the names of a layer's tensors are those of a kind that its framework stores."""
+    framework = FRAMEWORKS.get(manifest.source.framework)
+    shapes = {role: parameter.shape for role, parameter in layer.parameters.items() if not parameter.state}
+    return framework is not None and bool(hintable(shapes, framework.convention()))
 
 
 def in_bytes(number: int) -> str:
@@ -74,7 +89,7 @@ def count(number: int, noun: str) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(printable(name, 80) for name in names[:LISTED])
+    shown = ", ".join(printable(named(name), 80) for name in names[:LISTED])
     return shown if len(names) <= LISTED else f"{shown} and {len(names) - LISTED} more"
 
 

@@ -16,7 +16,7 @@ from neutral.canon import Known, deciding, read_layers
 from neutral.canonical import CanonicalLayer
 from neutral.containers.files import leads_outside
 from neutral.conventions.forms import Convention
-from neutral.errors import BadFile, Problem, Refused, WrongUsage, raise_all
+from neutral.errors import BadFile, Problem, Refused, WrongUsage, an, raise_all
 from neutral.frameworks import ARCHIVE, FRAMEWORKS, Framework
 from neutral.native import NativeModel
 from neutral.origin import native_again, origin_of
@@ -34,20 +34,20 @@ def check_kinds(kinds: Mapping[str, str] | None) -> None:
     )  # fmt: skip
 
 
+_CHANNELS = re.compile(r"none|(?!$)(?P<in>[1-9]\d{0,17})?(:(?P<out>[1-9]\d{0,17}))?", re.ASCII)
+
+
 def flatten_channels(flatten: Mapping[str, str] | None) -> dict[str, dict[str, int]] | None:
     """{"fc": "16:8"} as {"fc": {"in": 16, "out": 8}}."""
     if flatten is None:
         return None
     out: dict[str, dict[str, int]] = {}
     for layer, text in flatten.items():
-        before, _, behind = str(text).partition(":")
-        if str(text) == "none":
-            before = behind = ""
-        elif not (before + behind).isdecimal():
-            raise WrongUsage(
-                Problem(f"flatten of {layer}", f"{text!r}", "numbers of channels: 16, :8, 16:8 or none", "correct it")
-            )
-        out[layer] = {axis: int(n) for axis, n in (("in", before), ("out", behind)) if n}
+        found = _CHANNELS.fullmatch(str(text))
+        if found is None:
+            ways = "numbers of channels, as in fc1=16, fc1=:8 or fc1=16:8, or fc1=none"
+            raise WrongUsage(Problem(f"--flatten {layer}", f"{text!r}", ways, "correct it"))
+        out[layer] = {axis: int(n) for axis, n in found.groupdict().items() if n}
     return out
 
 
@@ -68,15 +68,18 @@ def read_source(
     The digests of an archive are verified (`check`) wherever its weights go on: what is written has digests of its own.
     """
     if isinstance(source, Archive):
+        _refuse_key("archive", key)
         if check and source.path is not None:
             source.check()
         return _hinted(source.contents, kinds, flatten), lambda: None, source.path
     if not isinstance(source, str | os.PathLike):
+        _refuse_key("source", key)
         name, native = read_live(source, format)
         return canonical_contents(native, FRAMEWORKS[name], key, kinds, flatten), native.close, None
     where = Path(source)
     name, _ = frameworks.by_format(format) if format is not None else frameworks.detect(where)
     if name == ARCHIVE:
+        _refuse_key(str(where), key)
         archive = open_archive(where)
         try:
             if check:
@@ -91,6 +94,14 @@ def read_source(
     except BaseException:
         native.close()
         raise
+
+
+def _refuse_key(where: str, key: str | None) -> None:
+    """An archive and a live model hold one set of weights: there is none to choose."""
+    if key is not None:
+        raise WrongUsage(
+            Problem(where, f"the key {key!r}", "no key, for it holds one set of weights", "leave --key out")
+        )
 
 
 _TENSOR_OF_A_MODULE = re.compile(
@@ -127,7 +138,7 @@ def _live_framework(model: object, format: str | None) -> str:
     raise WrongUsage(
         Problem(
             "source",
-            f"a {type(model).__name__}",
+            an(type(model).__name__),
             "a path, a torch.nn.Module, a keras.Model or a dict of arrays",
             "save it to a file first",
         )

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from neutral.errors import Problem, Refused
+from neutral.errors import Problem, Refused, an
 from neutral.schema.kinds import Parameter
 from neutral.schema.node_settings import Shape, equation_terms
 
@@ -23,7 +23,7 @@ def kernel(layer: Any) -> Parameter:
         if role in layer.parameters:
             found: Parameter = layer.parameters[role]
             return found
-    raise Refused(Problem(layer.path, f"a {layer.kind} without a kernel", "its kernel"))
+    raise Refused(Problem(layer.path, f"{an(layer.kind)} without a kernel", "its kernel"))
 
 
 def size(parameter: Parameter, axis: str) -> int:

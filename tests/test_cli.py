@@ -201,6 +201,18 @@ def test_a_program_needs_torch(
     assert "torch missing" in said and "neutral-weights[torch]" in said and "bug" not in said
 
 
+def test_verify_without_a_framework_says_how_to_get_one(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = tmp_path / "x.nwt"
+    assert main(["-q", "export", str(model), str(archive)]) == 0
+    for package in ("torch", "keras"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for file in (model, archive):
+        said = failing(["verify", file, file], capsys, 1)
+        assert "install neutral-weights[torch]" in said and "install neutral-weights[keras]" in said
+
+
 def test_diff_answers_same_different_trouble(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
@@ -249,7 +261,20 @@ def test_formats_lists_every_framework(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["formats"]) == 0
     text = capsys.readouterr().out
     assert all(
-        name in text for name in ("torch", "keras", "tensorflow", "numpy", "safetensors", ".npz", np.__version__)
+        name in text
+        for name in (
+            "pt-legacy",
+            "weights.h5",
+            "savedmodel",
+            "--from",
+            "torch",
+            "keras",
+            "tensorflow",
+            "numpy",
+            "safetensors",
+            ".npz",
+            np.__version__,
+        )
     )
 
 
@@ -266,6 +291,26 @@ def test_explain_prints_pairs(model: Path, tmp_path: Path, capsys: pytest.Captur
     assert main(["convert", str(model), str(tmp_path / "b.pt"), "--into", str(model), "--explain"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("source") and "why" in text.splitlines()[0] and "b.pt: 2 layers" in text
+
+
+def test_explain_without_a_template_prints_no_empty_table(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(model), str(tmp_path / "b.npz"), "--explain", "--verbose"]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'b.npz'}: 2 layers")
+
+
+@pytest.mark.parametrize("command", ["show", "digest"])
+def test_what_content_does_not_tell_is_told_with_from(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.bin"
+    file.write_bytes(b"what is this")
+    for arguments in ([command, file], ["diff", file, file], ["verify", file, file]):
+        said = failing(arguments, capsys, 2 if arguments[0] == "diff" else 1)
+        assert "--from (of export, convert, show, digest)" in said
+    assert "no reader knows" not in failing([command, file, "--from", "keras"], capsys, 1)
+    failing([command, file, "--from", "nonsense"], capsys, 2)
 
 
 def test_a_bug_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

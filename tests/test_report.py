@@ -51,8 +51,12 @@ def test_one_row_per_parameter_and_the_layer_once() -> None:
 
 
 def test_open_questions_name_the_option_that_answers_them() -> None:
-    unknown = [Unknown(path=f"layer{n}\x1b[31m") for n in range(7)]
+    unknown = [Unknown(path=f"layer{n}\x1b[31m", parameters={"weight": parameter(3, 4)}) for n in range(7)]
     kinds, flatten = report.open_questions(manifest(*unknown, Dense(path="fc", undecided=("in",))))
     assert "7 layers" in kinds and "--kind" in kinds and "and 2 more" in kinds and "\x1b" not in kinds
     assert "fc" in flatten and "--flatten" in flatten
     assert not list(report.open_questions(manifest(Dense(path="fc"))))
+    foreign, of_the_model = (Unknown(path=p, parameters={n: parameter(3, 4)}) for p, n in (("fc", "w"), ("", "weight")))
+    kinds, template = report.open_questions(manifest(foreign, of_the_model))
+    assert "(the model itself)" in kinds and "--kind" in kinds
+    assert "(fc)" in template and "--kind" not in template and "template" in template

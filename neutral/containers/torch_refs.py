@@ -80,6 +80,14 @@ class TensorRef:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where in its storage the bytes of its elements begin and end, with those that lie between them."""
+        width = ITEMSIZE.get(self.dtype, 1)
+        start = self.storage.first + self.offset * width
+        last = sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+        return start, start + (last + 1) * width if self.size else start
+
 
 class Refs:
     """Makes references out of the pickle's calls, and remembers them all, to be checked when the storages are known."""

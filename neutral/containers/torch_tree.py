@@ -159,8 +159,9 @@ def choose(file: TorchFile, found: Found, key: str | None) -> WeightSet:
         named = {s.key: s for s in found.sets}.get(key)
         value = named.value if named else _resolve(file.root, key)
         if value is None:
-            known = listed([s.key or "(the whole file)" for s in found.sets]) or "none"
-            raise Refused(Problem(where, f"nothing under the key {key}", f"one of: {known}", "choose one with --key"))
+            raise Refused(
+                Problem(where, f"nothing under the key {key}", *_choice([s.key for s in found.sets if s.key]))
+            )
         return WeightSet(key, value)
     if not found.sets:
         raise BadFile(
@@ -177,6 +178,13 @@ def choose(file: TorchFile, found: Found, key: str | None) -> WeightSet:
             Problem(where, f"{len(found.sets)} sets of weights", "to know which one is meant", f"choose one: {names}")
         )
     return found.sets[0]
+
+
+def _choice(keys: Sequence[str]) -> tuple[str, str]:
+    """(what keys a file has, what to do): its one set of weights may be the whole file, which has none."""
+    if keys:
+        return f"one of: {listed(keys)}", "choose one with --key"
+    return "no key, for the whole file is one set of weights", "leave --key out"
 
 
 def _resolve(value: Any, key: str) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 import neutral
+from neutral.cli import main
 from tests.cases import models as m
 from tests.cases.commands import Commands
 
@@ -200,3 +203,177 @@ def test_the_python_api_reports_the_same(tmp_path: Path) -> None:
         report = neutral.import_model(archive, into=template, out=tmp_path / "o.pt", mapping={"a": "x"})
     assert [(pair.source, pair.target, pair.why) for pair in report.pairs] == [("a", "x", "map"), ("b", "b", "name")]
     assert report.out == tmp_path / "o.pt" and report.losses == ()
+
+
+def test_what_was_left_out_is_listed_and_not_counted(tmp_path: Path, neutral_: Commands) -> None:
+    source = linears(tmp_path / "a.pt", "body", "old_head")
+    template = linears(tmp_path / "t.pt", "body", "new_head")
+    patterns = ("--map", tmp_path / "map.toml", "--allow-unused", "old*", "--allow-missing", "new*")
+    (tmp_path / "map.toml").write_text('body = "body"\n')
+    torch.save(m.randomized(nn.Sequential(OrderedDict(body=nn.Linear(3, 3), new_head=nn.Linear(3, 7))), 4), template)
+    command = ("convert", source, tmp_path / "o.pt", "--into", template, "--force", *patterns)
+    said = neutral_.ok(*command, "--explain").splitlines()
+    assert any(line.split() == ["old_head", "left", "out"] for line in said)
+    assert any(line.split() == ["new_head", "kept", "as", "it", "was"] for line in said)
+    assert "o.pt: 1 layer," in said[-1] and not any("warning" in line for line in said)
+    said = neutral_.ok(*command, "--allow-unused", "nobody.*", "--allow-missing", "None")
+    warnings = [line for line in said.splitlines() if line.startswith("neutral: warning: ")]
+    assert ["--allow-unused 'nobody.*' matches no layer" in warnings[0], "old_head" in warnings[0]] == [True, True]
+    assert "--allow-missing 'None' matches no layer" in warnings[1] and len(warnings) == 2
+    report = neutral.convert(source, tmp_path / "p.pt", into=template, allow_unused=["old*"], allow_missing=["new*"])
+    assert (report.layers, report.unused, report.missing) == (1, ("old_head",), ("new_head",))
+
+
+# --- templates with several sets of weights ---
+
+
+def two_sets(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """A checkpoint with the weights, their average and an optimizer."""
+    module = m.randomized(nn.Linear(3, 5), 1)
+    optimizer = torch.optim.SGD(module.parameters(), momentum=0.9)
+    module(torch.randn(2, 3)).sum().backward()
+    optimizer.step()
+    averaged = m.randomized(nn.Linear(3, 5), 2).state_dict()
+    sets = {"model": {f"fc.{k}": v for k, v in module.state_dict().items()}}
+    sets["model_ema"] = {f"fc.{k}": v for k, v in averaged.items()}
+    torch.save({**sets, "optimizer": optimizer.state_dict(), "epoch": 3}, path)
+    return sets
+
+
+@pytest.mark.parametrize("chosen", ["model", "model_ema"])
+def test_one_set_of_a_template_is_replaced(chosen: str, tmp_path: Path, neutral_: Commands) -> None:
+    sets = two_sets(tmp_path / "t.pth")
+    source = saved(tmp_path / "a.pt", fc__weight=torch.randn(5, 3), fc__bias=torch.randn(5))
+    out = tmp_path / "o.pth"
+    said = neutral_.refused("convert", source, out, "--into", tmp_path / "t.pth")
+    assert "choose one: --into-key model, --into-key model_ema" in said
+    neutral_.ok("convert", source, out, "--into", tmp_path / "t.pth", "--into-key", chosen)
+    found = torch.load(out, weights_only=True)
+    expected = {**sets, chosen: state(source)}
+    for key, tensors in expected.items():
+        assert all(torch.equal(found[key][name], tensor) for name, tensor in tensors.items()), key
+    with zipfile.ZipFile(tmp_path / "t.pth") as old, zipfile.ZipFile(out) as new:
+        assert old.namelist() == new.namelist()
+        assert sum(old.read(name) != new.read(name) for name in old.namelist()) == 2
+
+    neutral_.ok("export", source, tmp_path / "a.nwt")
+    imported = tmp_path / "p.pth"
+    neutral_.ok("import", tmp_path / "a.nwt", "--into", tmp_path / "t.pth", "--into-key", chosen, "-o", imported)
+    assert imported.read_bytes() == out.read_bytes()
+    neutral.import_model(tmp_path / "a.nwt", into=tmp_path / "t.pth", into_key=chosen, out=imported, force=True)
+    assert imported.read_bytes() == out.read_bytes()
+
+
+def test_a_key_of_a_template_without_sets_is_refused(tmp_path: Path, neutral_: Commands) -> None:
+    source = linears(tmp_path / "a.pt", "fc")
+    keras.Sequential([keras.Input((3,)), L.Dense(3, name="fc")]).save(tmp_path / "t.keras")
+    linears(tmp_path / "t.pt", "fc")
+    for template, status in (("t.keras", 1), ("t.pt", 1)):
+        command = ("convert", source, tmp_path / f"o.{template}", "--into", tmp_path / template)
+        said = neutral_.refused(*command, "--into-key", "ema", status=status)
+        assert "ema" in said and "leave --into-key out" in said
+        neutral_.ok(*command)
+    said = neutral_.refused("convert", source, tmp_path / "o.npz", "--into-key", "ema", status=2)
+    assert "--into-key" in said and "--into TEMPLATE" in said
+    with pytest.raises(neutral.WrongUsage, match="live model and a key"):
+        neutral.convert(source, into=nn.Linear(3, 3), into_key="ema")
+
+
+def test_a_key_of_a_source_without_sets_is_refused(tmp_path: Path, neutral_: Commands) -> None:
+    linears(tmp_path / "a.pt", "fc")
+    neutral_.ok("export", tmp_path / "a.pt", tmp_path / "a.nwt")
+    said = neutral_.refused("digest", tmp_path / "a.pt", "--key", "ema")
+    assert "the whole file is one set of weights" in said and "leave --key out" in said
+    assert "leave --key out" in neutral_.refused("digest", tmp_path / "a.nwt", "--key", "ema", status=2)
+
+
+def test_diff_of_sets(tmp_path: Path, neutral_: Commands) -> None:
+    sets = two_sets(tmp_path / "a.pth")
+    torch.save(sets["model_ema"], tmp_path / "ema.pt")
+    neutral_.ok("convert", tmp_path / "ema.pt", tmp_path / "ema.weights.h5")
+    both, h5, nothing = tmp_path / "a.pth", tmp_path / "ema.weights.h5", tmp_path / "ema.pt"
+    for a, b in ((both, h5), (h5, both), (both, nothing), (both, both)):
+        assert "same weights" in neutral_.ok("diff", a, b, "--key", "model_ema")
+    assert neutral.diff(both, both, key="model", key_b="model_ema").lines
+    assert not neutral.diff(both, both, key="model", key_b="model").lines
+    assert main(["diff", str(both), str(both), "--key", "model", "--key", "model_ema"]) == 1
+    said = neutral_.refused("diff", h5, nothing, "--key", "model_ema", status=2)
+    assert said.count("model_ema") == 2 and said.count("leave --key out") == 2
+    assert "one of: model, model_ema" in neutral_.refused("diff", h5, both, "--key", "nobody", status=2)
+    assert "--key model" in neutral_.refused("diff", both, h5, status=2)
+    assert "3 keys" in neutral_.refused("diff", both, both, *(("--key", "model") * 3), status=2)
+
+
+def test_verify_says_what_to_do_with_sets(tmp_path: Path, neutral_: Commands) -> None:
+    two_sets(tmp_path / "a.pth")
+    said = neutral_.refused("verify", tmp_path / "a.pth", tmp_path / "a.pth")
+    assert "export one of them and verify its archive: --key model, --key model_ema" in said
+
+
+def test_average_of_a_tensorflow_template(tmp_path: Path, neutral_: Commands) -> None:
+    """A checkpoint whose names tell the set: only the averages change."""
+    import tensorflow as tf
+
+    def value(*shape: int) -> tf.Variable:
+        return tf.Variable(m.random(*shape))
+
+    names = ("fc/kernel", "fc/bias", "fc/kernel/ExponentialMovingAverage", "fc/bias/ExponentialMovingAverage")
+    tensors = [value(3, 5), value(5), value(3, 5), value(5)]
+    tf.raw_ops.SaveV2(
+        prefix=str(tmp_path / "t.ckpt"), tensor_names=list(names), shape_and_slices=[""] * 4, tensors=tensors
+    )
+    source = saved(tmp_path / "a.pt", fc__weight=torch.randn(5, 3), fc__bias=torch.randn(5))
+    neutral_.ok("convert", source, tmp_path / "o.ckpt", "--into", tmp_path / "t.ckpt", "--into-key", "ema")
+    found = tf.train.load_checkpoint(str(tmp_path / "o.ckpt"))
+    assert np.array_equal(found.get_tensor(names[0]), tensors[0].numpy())
+    assert np.array_equal(found.get_tensor(names[2]), state(source)["fc.weight"].numpy().T)
+    assert np.array_equal(found.get_tensor(names[3]), state(source)["fc.bias"].numpy())
+
+
+# --- a model that is one layer, whose path is empty; layers of names that are those of no kind ---
+
+
+def visited(file: h5py.File) -> list[h5py.Dataset]:
+    found: list[h5py.Dataset] = []
+    file.visititems(lambda _, item: found.append(item) if isinstance(item, h5py.Dataset) else None)
+    return found
+
+
+def test_a_model_that_is_one_layer(tmp_path: Path, neutral_: Commands) -> None:
+    source = saved(tmp_path / "a.pt", weight=torch.randn(6, 8))
+    assert "1 layer of unknown kind (the model itself)" in neutral_.ok("show", source)
+    said = neutral_.refused("convert", source, tmp_path / "o.weights.h5")
+    assert said.startswith("the model itself: found a layer of unknown kind") and "--kind '=KIND'" in said
+    assert "dense" in neutral_.ok("export", source, tmp_path / "a.nwt", "--kind", "=dense") + neutral_.ok(
+        "show", tmp_path / "a.nwt"
+    )
+    with neutral.export_model(source, kinds={"": "dense"}, flatten={"": "4"}) as archive:
+        (layer,) = archive.layers
+        assert (layer.kind, dict(layer.channels)) == ("dense", {"in": 4})
+    hints = ("--kind", "=dense", "--flatten", "=4")
+    neutral_.ok("convert", source, tmp_path / "o.weights.h5", *hints)
+    kernel = state(source)["weight"].numpy().reshape(6, 4, 2)
+    with h5py.File(tmp_path / "o.weights.h5") as file:
+        (found,) = (x[()] for x in visited(file) if x.shape == (8, 6))
+    assert np.array_equal(found, kernel.transpose(2, 1, 0).reshape(8, 6))
+    linears(tmp_path / "b.pt", "fc")
+    said = neutral_.refused("export", tmp_path / "b.pt", tmp_path / "no.nwt", "--kind", "=dense")
+    assert said.startswith("the model itself: found no such layer, expected one of fc")
+
+
+def test_names_that_are_those_of_no_kind(tmp_path: Path, neutral_: Commands) -> None:
+    """TF-slim's `fc/weights`: to name a kind does not help, and nobody is told to."""
+    slim = tmp_path / "slim.npz"
+    np.savez(slim, **{"fc/weights": m.random(3, 5), "fc/biases": m.random(5)})
+    shown = neutral_.ok("show", slim)
+    assert "1 layer of unknown kind (fc)" in shown and "--kind" not in shown and "template" in shown
+    for command in (
+        ("convert", slim, tmp_path / "o.safetensors"),
+        ("export", slim, tmp_path / "o.nwt", "--kind", "fc=embedding"),
+    ):
+        said = neutral_.refused(*command)
+        assert "no kind has tensors of these names: rename them as layers of numpy have them" in said
+        assert "KIND" not in said and "give another" not in said and " a embedding" not in said
+    named = saved(tmp_path / "a.pt", fc__weight=torch.randn(5, 3))
+    said = neutral_.refused("export", named, tmp_path / "o.nwt", "--kind", "fc=lstm")
+    assert "those of an lstm" in said and "give another --kind: dense, " in said

@@ -84,12 +84,9 @@ def test_only_the_bytes_of_the_named_tensors_change(tmp_path: Path) -> None:
     )
 
 
-def test_the_weight_set_is_known_by_its_names_or_by_the_key(tmp_path: Path) -> None:
+def test_the_weight_set_is_known_by_the_key(tmp_path: Path) -> None:
     torch.manual_seed(0)
     first, second, other = (dict(nn.Linear(2, n).state_dict()) for n in (3, 3, 3))
-    torch.save({"g": first, "d": {"fc.weight": torch.zeros(1)}}, tmp_path / "t.pt")
-    fill(tmp_path / "t.pt", {k: from_array(v.numpy()) for k, v in other.items()}, tmp_path / "a.pt")
-    assert_equal(torch.load(tmp_path / "a.pt", weights_only=True)["g"], other)
     torch.save({"model": first, "ema": second}, tmp_path / "t.pt")
     given = {k: from_array(v.numpy()) for k, v in other.items()}
     with pytest.raises(Refused, match="--key ema"):
@@ -98,6 +95,23 @@ def test_the_weight_set_is_known_by_its_names_or_by_the_key(tmp_path: Path) -> N
     back = torch.load(tmp_path / "b.pt", weights_only=True)
     assert_equal(back["ema"], other)
     assert_equal(back["model"], first)
+
+
+def test_a_set_that_shares_elements_with_another_is_not_filled(tmp_path: Path) -> None:
+    """To replace one would change the other; a set within another is part of it."""
+    shared, flat = torch.zeros(2, 3), torch.zeros(10)
+    torch.save({"model": {"w": shared, "v": flat[:5]}, "ema": {"w": shared.t(), "v": flat[5:]}}, tmp_path / "t.pt")
+    with pytest.raises(Refused, match=r"w: found elements that model\.w of another set has"):
+        fill(tmp_path / "t.pt", {"w": from_array(np.ones((3, 2), np.float32))}, tmp_path / "o.pt", key="ema")
+    fill(tmp_path / "t.pt", {"v": from_array(np.ones(5, np.float32))}, tmp_path / "o.pt", key="ema")
+    back = torch.load(tmp_path / "o.pt", weights_only=True)
+    assert back["ema"]["v"].all() and not back["model"]["v"].any()
+    torch.save({"g": net(1), "d": net(2)}, tmp_path / "t.pt")
+    inner = {"weight": from_array(np.ones((4, 3, 3, 5), np.float32))}
+    fill(tmp_path / "t.pt", inner, tmp_path / "n.pt", key="g._modules.conv")
+    back = torch.load(tmp_path / "n.pt", weights_only=False)
+    assert back["g"].conv.weight.eq(1).all()
+    assert_equal(back["d"].state_dict(), net(2).state_dict())
 
 
 def test_what_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None:
