@@ -22,6 +22,7 @@ from neutral import frameworks
 from neutral.archive import SUFFIX, Archive, Contents, describe, file_digest, open_archive, write_archive
 from neutral.building import build_model
 from neutral.containers.files import check_output, refuse_same
+from neutral.containers.torch_program import is_program
 from neutral.errors import BadFile, Problem, Refused, Unsupported, WrongUsage
 from neutral.filling import fill_template, is_chain, same_family
 from neutral.frameworks import ARCHIVE, FRAMEWORKS
@@ -286,8 +287,7 @@ def _import(
             built, expected = witnessed(built)
             work = stack.enter_context(work_beside(target))
             framework.writer().build(built, manifest, work / target.name)
-        if not target.name.endswith(".pt2"):
-            compare_written(framework, work / target.name, target, expected, built)
+        compare_written(framework, work / target.name, target, expected, built)
         move_into_place(work, target, force)
     return _report(target, journey, count, started)
 
@@ -405,7 +405,7 @@ _REBUILT_AS = {"torch": "model.pt2", "keras": "model.keras"}
 def _runnable(path: Path, stack: ExitStack) -> Runnable:
     from neutral import running
 
-    if running.is_program(path):
+    if is_program(path):
         return running.torch_program(path)
     found = frameworks.detect(path)
     with export_model(path) as archive:

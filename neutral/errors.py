@@ -10,7 +10,7 @@ anything is raised, so that a user sees all of them at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _LONGEST = 400
@@ -77,6 +77,18 @@ class BadLayout(NeutralError):
 
 class WrongUsage(NeutralError):
     """The request itself makes no sense: an unknown name, options that exclude each other."""
+
+
+def misread(where: object, names: Sequence[str]) -> NeutralError:
+    """An output that holds something else than it should, found by reading it back."""
+    return NeutralError(
+        Problem(
+            str(where),
+            f"{', '.join(names[:5])} read back other than written",
+            "what was meant to be written",
+            "nothing was left behind; please report this",
+        )
+    )
 
 
 def raise_all(kind: type[NeutralError], problems: Iterable[Problem]) -> None:
