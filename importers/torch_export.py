@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from neutral.containers.files import new_file
-from neutral.errors import NeutralError, Problem, Refused, Unsupported
-from neutral.importers.torch_module import build_module, fill_module, graph_of
+from neutral.errors import NeutralError, Problem, Refused, Unsupported, misread
+from neutral.importers.torch_module import build_module, fill_module, graph_of, torch_names, torch_tensor
 from neutral.native import NativeModel
+from neutral.running import quiet, weights_only
 from neutral.schema.graph import Graph
 from neutral.schema.inputs import example_inputs
 from neutral.schema.manifest import Manifest
+
+if TYPE_CHECKING:
+    import torch
+    from torch.export import ExportedProgram
 
 
 def export(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = False) -> None:
@@ -55,6 +61,49 @@ def export(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = F
         node.meta.pop("stack_trace", None)  # it names the folders of this machine
     with new_file(out, force) as file:
         torch.export.save(program, cast(BinaryIO, _Stream(file)))
+        _compare(model, program, file, out)
+
+
+def _compare(model: NativeModel, program: ExportedProgram, file: BinaryIO, out: Path) -> None:
+    """Read the file back: each tensor of the program must be there bit for bit, the model's own above all."""
+    meant, found = _tensors(program), _tensors(_loaded(file, out))
+    given = {name: tensor.data for name, tensor in torch_names(model)}
+
+    def right(name: str) -> bool:
+        if name not in meant or name not in found:
+            return False
+        # The module was filled from these: what it holds is no proof of them.
+        wanted = torch_tensor(given[name].read()) if name in given else meant[name]
+        return _same_bits(found[name], wanted)
+
+    wrong = sorted(name for name in meant.keys() | found.keys() if not right(name))
+    if wrong:
+        raise misread(out, wrong)
+
+
+def _loaded(file: BinaryIO, out: Path) -> ExportedProgram:
+    import torch
+
+    file.seek(0)
+    # Buffered, for a read of the bare file stops short after two gigabytes.
+    with quiet(), weights_only(), os.fdopen(os.dup(file.fileno()), "rb") as again:
+        try:
+            return torch.export.load(again)
+        except Exception as error:
+            raise misread(out, [f"the program ({_first_line(error)})"]) from error
+
+
+def _tensors(program: ExportedProgram) -> dict[str, Any]:
+    return {**program.state_dict, **program.constants}
+
+
+def _same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
+    import torch
+
+    if x.dtype != y.dtype or x.shape != y.shape:
+        return False
+    left, right = (tensor.detach().reshape(-1).view(torch.uint8) for tensor in (x, y))
+    return torch.equal(left, right)
 
 
 class _Stream(io.RawIOBase):

@@ -167,7 +167,7 @@ _RENAMED_SPECTRAL = {
 def fill_module(module: torch.nn.Module, model: NativeModel) -> None:
     """Put the tensors of a native model into a module of `build_module`, each under its own name."""
     state = module.state_dict(keep_vars=True)
-    found = dict(_named(model))
+    found = dict(torch_names(model))
     problems = [
         Problem(name, f"no tensor of shape {tuple(tensor.shape)}", "every weight of the module")
         for name, tensor in state.items()
@@ -186,17 +186,18 @@ def fill_module(module: torch.nn.Module, model: NativeModel) -> None:
     raise_all(Refused, problems)
     for name, tensor in found.items():
         if name in state:
-            state[name].data = _torch_tensor(tensor.data.read())
+            state[name].data = torch_tensor(tensor.data.read())
 
 
-def _named(model: NativeModel) -> Iterator[tuple[str, NativeTensor]]:
+def torch_names(model: NativeModel) -> Iterator[tuple[str, NativeTensor]]:
+    """The tensors by the names that a module of `build_module` has for them."""
     for layer in model.layers:
         for local, tensor in layer.tensors.items():
             renamed = (_RENAMED_SPECTRAL if "weight_orig" in layer.tensors else _RENAMED).get(local)
             yield (tensor.name.removesuffix(local) + renamed if renamed else tensor.name), tensor
 
 
-def _torch_tensor(array: npt.NDArray[Any]) -> torch.Tensor:
+def torch_tensor(array: npt.NDArray[Any]) -> torch.Tensor:
     """An array as a tensor; dtypes that numpy has from ml_dtypes go by their bits."""
     import torch
 

@@ -22,6 +22,7 @@ from neutral import frameworks
 from neutral.archive import SUFFIX, Archive, Contents, Progress, describe, file_digest, open_archive, write_archive
 from neutral.building import build_model
 from neutral.containers.files import check_output, refuse_same
+from neutral.containers.torch_program import is_program
 from neutral.conventions.forms import same_family
 from neutral.doubts import agreed
 from neutral.errors import BadFile, Problem, Refused, Unsupported, WrongUsage, named, reworded
@@ -328,8 +329,7 @@ def _import(
             built, expected = witnessed(built)
             work = stack.enter_context(work_beside(target))
             framework.writer().build(built, manifest, work / target.name)
-        if form.reads:
-            compare_written(framework, work / target.name, target, expected, built, into_key)
+        compare_written(framework, work / target.name, target, expected, built, into_key)
         move_into_place(work, target, force)
     return _report(target, journey, count, started)
 
@@ -501,7 +501,7 @@ _REBUILT_AS = {"torch": "model.pt2", "keras": "model.keras"}
 def _runnable(path: Path, stack: ExitStack) -> Runnable:
     from neutral import running
 
-    if running.is_program(path):
+    if is_program(path):
         return running.torch_program(path)
     found = frameworks.detect(path)
     with reworded("choose one: ", "export one of them and verify its archive: "):

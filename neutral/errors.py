@@ -11,7 +11,7 @@ anything is raised, so that a user sees all of them at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -114,6 +114,18 @@ def reworded(said: str, meant: str) -> Iterator[None]:
                 for p in error.problems
             )
         ) from error
+
+
+def misread(where: object, names: Sequence[str]) -> NeutralError:
+    """An output that holds something else than it should, found by reading it back."""
+    return NeutralError(
+        Problem(
+            str(where),
+            f"{', '.join(names[:5])} read back other than written",
+            "what was meant to be written",
+            "nothing was left behind; please report this",
+        )
+    )
 
 
 def raise_all(kind: type[NeutralError], problems: Iterable[Problem]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from neutral.containers.files import SourceFile
 from neutral.conventions.forms import Convention
-from neutral.errors import BadFile, Problem, WrongUsage, printable
+from neutral.errors import BadFile, Problem, Unsupported, WrongUsage, printable
 from neutral.suffixes import ARCHIVE_SUFFIXES, suffix_of
 
 
@@ -222,7 +222,7 @@ def detect(path: str | os.PathLike[str]) -> tuple[str, str]:
     """(framework, format) of a file or folder, by its content and not by its suffix; (`archive`, `nwt`) for an archive.
 
     A checkpoint of TensorFlow is named by its prefix, its `.index` file or its folder. Raises `BadFile` for what no
-    reader knows.
+    reader knows, `Unsupported` for a program of torch.export.
     """
     where = Path(path)
     if where.is_dir():
@@ -289,6 +289,7 @@ def _detect_safetensors(where: Path) -> tuple[str, str]:
 
 
 def _detect_zip(file: SourceFile) -> tuple[str, str]:
+    from neutral.containers.torch_program import holds_program
     from neutral.containers.zip import ZipSource
 
     names = ZipSource(file).members.keys()
@@ -298,6 +299,15 @@ def _detect_zip(file: SourceFile) -> tuple[str, str]:
         return "torch", "pt"
     if names and all(name.endswith(".npy") for name in names):
         return "numpy", "npz"
+    if holds_program(names):
+        raise Unsupported(
+            Problem(
+                str(file.path),
+                "a program of torch.export (.pt2), whose weights neutral does not read yet",
+                "a .pt",
+                "save the module or its state dict with torch.save; `neutral verify` alone takes a .pt2, to run it",
+            )
+        )
     shown = ", ".join(printable(name, 40) for name in list(names)[:4])
     raise BadFile(
         Problem(str(file.path), f"a zip of {shown or 'nothing'}", "a .pt, a .keras or an .npz", "name another file")

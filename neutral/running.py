@@ -314,17 +314,6 @@ _EXPRESSION = re.compile(r"'[a-z]+\d+'|[a-z]+\d+|[a-z]+=|[A-Z][A-Za-z]*|\d+(?:\.
 _LONGEST_JSON = 1 << 28
 
 
-def is_program(path: Path) -> bool:
-    """Whether a file is one of torch.export."""
-    if not path.is_file():
-        return False
-    with SourceFile(path) as file:
-        if file.read(0, min(file.size, 2)) != b"PK":
-            return False
-        names = ZipSource(file).members
-    return any(re.search(r"(^|/)(models/[^/]+\.json|serialized_exported_program\.json)$", name) for name in names)
-
-
 def torch_program(path: Path, manifest: Manifest | None = None) -> Runnable:
     """A `.pt2` of torch.export. The manifest says what its axes are, if it was made of one."""
     _need(path, "torch")
@@ -332,7 +321,7 @@ def torch_program(path: Path, manifest: Manifest | None = None) -> Runnable:
     with framework_errors(str(path), "loading it"):
         import torch
 
-        with _weights_only(), path.open("rb") as file:
+        with weights_only(), path.open("rb") as file:
             program = torch.export.load(file)
         # Guards are Python source in the file; what they check is checked by the operators.
         module = program.module(check_guards=False)
@@ -356,7 +345,7 @@ def torch_program(path: Path, manifest: Manifest | None = None) -> Runnable:
 
 
 @contextmanager
-def _weights_only() -> Iterator[None]:
+def weights_only() -> Iterator[None]:
     """torch.export unpickles anything unless this variable says otherwise."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)

@@ -130,9 +130,12 @@ def _distance(a: Archive, b: Archive, left: str, right: str) -> str:
 
 # What two models compute.
 
-_BATCH = 2
+_BATCH, _FEWEST = 16, 2
+"""How many rows are run where the models leave it open: on few of them, what differs may hide behind a ReLU."""
+_NUMBERS = 1 << 20
+"""What an input may have before fewer rows are run: 16 of a large image take minutes and gigabytes."""
 _ROWS = 2
-"""How many numbers an integer input may hold if no table says it: a flag is the least that one can be."""
+"""How many numbers an integer input may hold if no table says it: a flag, or a bool, is the least that one can be."""
 
 Shape = tuple[int | None, ...]
 
@@ -159,10 +162,11 @@ def compare(
     The input is made once, with channels first. A model that keeps channels last (Keras, TensorFlow) gets it transposed,
     and its output is transposed back: where the graph of one of the two says (batch, channel, ...), and, if neither has
     a graph, where a value has four axes or more. Sizes that neither model fixes are the first that all layers of a graph
-    can take; `input_shape` (channels first, with the batch) goes before them. Inputs of models that name them alike
+    can take, and 16 rows (of large inputs fewer); `input_shape` (channels first, with the batch) goes before them. Inputs of models that name them alike
     belong together by name, else by order. Inputs that are looked up in tables are row numbers.
 
     Models that take other shapes, or give others, are different. So are models of whose outputs none is a finite number.
+    Where no output of either model varies with the input by more than the tolerance, a line says how little that proves.
     """
     lines = [f"A: {a.where}", f"B: {b.where}"]
     inputs = _inputs(a, b, input_shape)
@@ -175,14 +179,17 @@ def compare(
         return Verification(False, math.inf, (*lines, f"A gives {len(left)} outputs, B gives {len(right)}"))
     if not left:
         raise Refused(Problem(a.where, "no output", "one at least"))
-    largest = 0.0
+    largest, telling = 0.0, False
     for i, (x, y) in enumerate(zip(*_channels_first(a, b, left, right), strict=True)):
-        gap = _gap(x, y)
-        largest = max(largest, gap)
+        gap, varied = _gap(x, y), max(_variation(x), _variation(y)) > tolerance
+        largest, telling = max(largest, gap), telling or varied
         if x.shape != y.shape:
             lines.append(f"output {i}: A gives {x.shape}, B gives {y.shape}")
         else:
-            lines.append(f"output {i}: {x.shape}, values {_range(x)}, largest difference {gap:.3g}")
+            alike = "" if varied else " alike in every row"
+            lines.append(f"output {i}: {x.shape}, values {_range(x)}{alike}, largest difference {gap:.3g}")
+    if largest <= tolerance and not telling:
+        lines.append(_NOTHING_TOLD)
     return Verification(largest <= tolerance, largest, tuple(lines))
 
 
@@ -234,11 +241,11 @@ def _inputs(a: Runnable, b: Runnable, given: Sequence[int] | None) -> list[_Inpu
                 raise Refused(Problem("--input-shape", f"{tuple(given)}", f"{_shown(both)}, which the models take"))
             both = asked
         merged.append(both)
-    shapes = _solved(a, b, merged, pairs, moved)
+    shapes = _fewer_rows(merged, _solved(a, b, merged, pairs, moved))
     found = []
     for (i, j), shape, both_moved in zip(pairs, shapes, moved, strict=True):
         rows = [n for n in (_rows(a, i), _rows(b, j)) if n is not None]
-        whole = bool(rows) or any(port.dtype.startswith(("int", "uint")) for port in (ours[i], theirs[j]))
+        whole = bool(rows) or any(port.dtype.startswith(("int", "uint", "bool")) for port in (ours[i], theirs[j]))
         limit = min(rows, default=_ROWS) if whole else None
         found.append(_Input(ours[i].name, shape, limit, (i, j), both_moved))
     return found
@@ -309,6 +316,14 @@ def _solved(
     unknown = ", ".join(_shown(shape) for shape in shapes)
     do = "name it with --input-shape, channels first" if len(shapes) == 1 else "pass models that say their input sizes"
     raise first or Refused(Problem(a.where, f"an input {unknown} of which no graph tells the sizes", "all sizes", do))
+
+
+def _fewer_rows(known: Sequence[Shape], shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Large inputs with as many rows as are run in a reasonable time, if no model fixes how many."""
+    free = [bool(shape) and shape[0] is None for shape in known]
+    row = max((math.prod(shape[1:]) for shape, is_free in zip(shapes, free, strict=True) if is_free), default=1)
+    rows = max(_FEWEST, min(_BATCH, _NUMBERS // max(row, 1)))
+    return [(rows, *shape[1:]) if is_free else shape for shape, is_free in zip(shapes, free, strict=True)]
 
 
 def _told(manifest: Manifest, graph: Graph, shapes: Mapping[str, Shape]) -> Manifest:
@@ -393,6 +408,20 @@ def _gap(x: Array, y: Array) -> float:
     if (x.size and not finite.any()) or not (finite | alike).all():
         return math.inf
     return float(np.abs(x[finite] - y[finite]).max(initial=0.0))
+
+
+_NOTHING_TOLD = (
+    "warning: no output varies with the input (dead or saturated units?), so that this tells little of the weights; "
+    "try another --seed or --input-shape, and compare the weights with `neutral diff`"
+)
+
+
+def _variation(x: Array) -> float:
+    """How far the rows of an output are from the first of them; of a single row, how far it is from zero."""
+    wide = x.astype(np.complex128 if x.dtype.kind == "c" else np.float64)
+    with np.errstate(all="ignore"):
+        away = np.abs(wide - wide[:1] if x.ndim and len(x) > 1 else wide)
+    return float(away[~np.isnan(away)].max(initial=0.0))
 
 
 def _range(x: Array) -> str:

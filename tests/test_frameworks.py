@@ -13,7 +13,8 @@ import h5py
 import numpy as np
 import pytest
 
-from neutral.errors import BadFile, WrongUsage
+from neutral.cli import main
+from neutral.errors import BadFile, Unsupported, WrongUsage
 from neutral.frameworks import FRAMEWORKS, by_format, detect, framework, writer_of
 
 
@@ -99,6 +100,29 @@ def test_what_nobody_knows_is_refused_in_one_line(content: bytes, tmp_path: Path
     with pytest.raises(BadFile) as raised:
         detect(tmp_path / "x")
     assert "\n" not in str(raised.value) and str(tmp_path / "x") in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["archive/models/model.json", "serialized_exported_program.json"])
+def test_a_program_of_torch_export_is_named(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.pt").write_bytes(zipped("archive/data/weights/weight_0", name))
+    with pytest.raises(Unsupported, match=r"x\.pt: found a program of torch\.export"):
+        detect("x.pt")
+    Path("a.npz").write_bytes(zipped("a.npy"))
+    for command in (
+        ["show", "x.pt"],
+        ["digest", "x.pt"],
+        ["diff", "x.pt", "a.npz"],
+        ["check", "x.pt"],
+        ["export", "x.pt", "out.nwt"],
+        ["convert", "x.pt", "out.keras"],
+    ):
+        assert main(command) > 0
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "does not read yet" in said and "`neutral verify` alone takes a .pt2" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"x.pt", "a.npz"}
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -70,8 +70,8 @@ def test_lenet5_and_what_neutral_made_of_it(tmp_path: Path) -> None:
     assert outcome.same and outcome.max_difference < 1e-6
     assert outcome.lines[0].startswith(f"A: {source}, run by torch {torch.__version__}")
     assert outcome.lines[1].startswith(f"B: {made}, run by keras {keras.__version__}")
-    assert outcome.lines[2] == "input input: normal float32 (2, 1, 28, 28)"
-    assert outcome.lines[3].startswith("output 0: (2, 10), values -")
+    assert outcome.lines[2] == "input input: normal float32 (16, 1, 28, 28)"
+    assert outcome.lines[3].startswith("output 0: (16, 10), values -")
 
     changed = lenet5()
     with torch.no_grad():
@@ -88,7 +88,7 @@ PAIRS = [("pt", "nwt"), ("nwt", "keras"), ("h5", "pt2"), ("savedmodel", "pt"), (
 def test_every_form_of_a_model_computes_the_same(a: str, b: str, files: dict[str, Path]) -> None:
     outcome = verify(files[a], files[b])
     assert outcome.same and outcome.max_difference < 1e-6
-    assert "(2, 3, 5, 5)" in outcome.lines[2]
+    assert "(16, 3, 5, 5)" in outcome.lines[2]
 
 
 def test_a_wrong_flatten_order_is_different(files: dict[str, Path], tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_words_are_numbers_of_rows(tmp_path: Path) -> None:
     text_model().save(tmp_path / "text.keras")
     neutral.convert(tmp_path / "text.keras", tmp_path / "text.nwt")
     outcome = verify(tmp_path / "text.keras", tmp_path / "text.nwt")
-    assert outcome.same and "int64 below 11 (2, 6)" in outcome.lines[2]
+    assert outcome.same and "int64 below 11 (16, 6)" in outcome.lines[2]
 
 
 def test_words_of_a_model_without_a_graph(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_models_of_other_shapes_are_different(files: dict[str, Path], tmp_path: 
     assert outcome.lines[-1] == "input input: A takes (?, 3, ?, ?), B takes (?, 2, ?, ?)"
     torch.save(nn.Sequential(nn.Conv2d(3, 4, 3)), tmp_path / "shorter.pt")
     outcome = verify(files["pt"], tmp_path / "shorter.pt")
-    assert not outcome.same and outcome.lines[-1] == "output 0: A gives (2, 7), B gives (2, 4, 3, 3)"
+    assert not outcome.same and outcome.lines[-1] == "output 0: A gives (16, 7), B gives (16, 4, 3, 3)"
 
 
 def runnable(run: Callable[[Any], Any], shape: tuple[int | None, ...] = (None, 3), **more: Any) -> Runnable:
@@ -248,6 +248,80 @@ def runnable(run: Callable[[Any], Any], shape: tuple[int | None, ...] = (None, 3
 def test_outputs_that_are_no_numbers_prove_nothing(left: float, right: float) -> None:
     a, b = (runnable(lambda x, value=value: [x[0] * 0 + value]) for value in (left, right))
     assert compare(a, b).max_difference == math.inf
+
+
+def test_enough_rows_are_run_to_wake_a_relu() -> None:
+    def half(factor: float) -> Runnable:
+        return runnable(lambda x: [np.maximum(x[0][:, :1], 0) * factor])
+
+    assert not any(compare(half(1), half(2), seed=seed).same for seed in range(20))
+
+
+def rows_of(shape: tuple[int | None, ...], **more: Any) -> tuple[int, ...]:
+    seen: list[tuple[int, ...]] = []
+    compare(*[runnable(lambda x: [seen.append(x[0].shape), x[0]][1:], shape)] * 2, **more)
+    return seen[0]
+
+
+def test_a_batch_that_a_model_fixes_is_kept_and_one_of_large_images_is_small() -> None:
+    assert rows_of((None, 3)) == (16, 3)
+    assert rows_of((3, 3)) == (3, 3)
+    assert rows_of((None, 3), input_shape=(5, 3)) == (5, 3)
+    assert rows_of((None, 3, 224, 224)) == (6, 3, 224, 224)
+    assert rows_of((None, 3, 600, 600)) == (2, 3, 600, 600)
+
+
+def dead(arrays: Any) -> Any:
+    return [arrays[0][:, :2] * 0]
+
+
+def saturated(arrays: Any) -> Any:
+    return [arrays[0][:, :2] * 1e-9 + 1]
+
+
+@pytest.mark.parametrize("run", [dead, saturated])
+def test_outputs_that_no_input_changes_are_said_to_tell_little(run: Callable[[Any], Any]) -> None:
+    outcome = compare(runnable(run), runnable(run))
+    assert outcome.same and "alike in every row" in outcome.lines[-2]
+    assert outcome.lines[-1].startswith("warning: no output varies with the input")
+    other = compare(runnable(run), runnable(lambda x: [run(x)[0] + 0.5]))
+    assert not other.same and not any("warning" in line for line in other.lines)
+
+
+def test_one_row_tells_little_only_if_it_is_zero() -> None:
+    assert "warning" in compare(runnable(dead, (1, 3)), runnable(dead, (1, 3))).lines[-1]
+    assert "warning" not in compare(runnable(saturated, (1, 3)), runnable(saturated, (1, 3))).lines[-1]
+
+
+def test_one_dead_output_of_two_is_named() -> None:
+    def both(arrays: Any) -> Any:
+        return [*dead(arrays), arrays[0], arrays[0] > 0]
+
+    outcome = compare(runnable(both), runnable(both))
+    alike = ["alike in every row" in line for line in outcome.lines if line.startswith("output")]
+    assert outcome.same and alike == [True, False, False] and "warning" not in outcome.lines[-1]
+
+
+def test_a_flag_is_both_true_and_false() -> None:
+    def run(arrays: Any) -> Any:
+        return [arrays[0].astype(bool)]
+
+    flags = Runnable("model", False, (Port("mask", (None, 3), "bool"),), None, run)
+    outcome = compare(flags, flags)
+    assert outcome.lines[2:] == (
+        "input mask: int64 below 2 (16, 3)",
+        "output 0: (16, 3), values 0 to 1, largest difference 0",
+    )
+
+
+def test_dead_models_are_the_same_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.pt", "b.pt"):
+        model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+        nn.init.constant_(model[0].bias, -100)
+        torch.save(model, tmp_path / name)
+    assert main(["verify", str(tmp_path / "a.pt"), str(tmp_path / "b.pt")]) == 0
+    *_, warning, verdict = capsys.readouterr().out.splitlines()
+    assert warning.startswith("warning: no output varies") and verdict.startswith("same: ")
 
 
 def test_a_nan_in_the_same_place_is_the_same() -> None:
