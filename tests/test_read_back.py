@@ -120,10 +120,10 @@ def break_writer(monkeypatch: pytest.MonkeyPatch, framework: str, function: str,
     writer = FRAMEWORKS[framework].writer()
     write: Callable[..., None] = getattr(writer, function)
 
-    def wrong(*arguments: Any) -> None:
+    def wrong(*arguments: Any, **more: Any) -> None:
         place, out = {"build": 0, "fill": 1}[function], arguments[2]
         before = [with_a_flipped_tensor(x) if i == place else x for i, x in enumerate(arguments)]
-        write(*(arguments if disk else before))
+        write(*(arguments if disk else before), **more)
         if disk:
             damage(out.parent)
 

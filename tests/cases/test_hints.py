@@ -30,7 +30,7 @@ def chain(tmp_path: Path) -> Path:
         (("--flatten", "3=none"), "3: flatten: found the hint none, expected in=4"),
         (("--flatten", "0=4"), "0: flatten: found a hint for a conv"),
         (("--kind", "0=conv_transpose"), "0: found the hint that it is a conv_transpose, expected a conv"),
-        (("--kind", "3=embedding", "--kind", "0=dense"), "3: found the hint that it is a embedding, expected a dense"),
+        (("--kind", "3=embedding", "--kind", "0=dense"), "3: found the hint that it is an embedding, expected a dense"),
     ],
 )
 def test_a_class_or_graph_that_contradicts_a_hint(
