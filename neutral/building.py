@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from neutral.archive import Contents, manifest_without_digests
 from neutral.canon import Written, binding_for, native_tensors, recognise
 from neutral.canonical import CanonicalLayer, CanonicalTensor
 from neutral.conventions.forms import Convention
+from neutral.conventions.keras_config import is_keras2
 from neutral.errors import Problem, Refused, raise_all
 from neutral.filling import flatten_remark, same_family, undecided_problem
 from neutral.frameworks import Framework
@@ -31,7 +33,18 @@ def build_model(
     """Native layers of the target framework for a new file, and the manifest that its writer may look at."""
     convention = framework.convention()
     origin = origin_of(contents).convention()
+    if _of_keras2(contents) and framework.name == "keras" and _is_whole(target):
+        contents = _for_current_keras(contents, framework, journey)
     manifest = _manifest_of(contents)
+    if _is_whole(target) and contents.graph is None and not _described_by_itself(contents, target):
+        raise Refused(
+            Problem(
+                str(target),
+                f"an archive without a graph ({manifest.no_graph()})",
+                "one, to write a whole model",
+                "write weights, or use --into TEMPLATE",
+            )
+        )
     if same_family(origin, convention) and not _rebuilt(contents, target) and not _classes_missing(contents, framework):
         native = native_again(contents, framework)
     elif framework.name == "numpy":
@@ -39,19 +52,6 @@ def build_model(
     else:
         native = _foreign_model(contents, framework, convention, origin, manifest, target, journey)
     raise_all(Refused, journey.problems)
-    whole = target.name.endswith(_WHOLE) and not target.name.endswith(".weights.h5")
-    if whole and contents.graph is None and not same_family(origin, convention):
-        why = next(
-            (note for note in contents.notes if "no graph" in note), "the source does not say how its layers are wired"
-        )
-        raise Refused(
-            Problem(
-                str(target),
-                f"an archive without a graph ({why})",
-                "one, to write a whole model",
-                "write weights, or use --into TEMPLATE",
-            )
-        )
     if (
         framework.name in ("keras", "tensorflow")
         and native.graph is None
@@ -64,15 +64,49 @@ def build_model(
 
 _WHOLE = (".pt2", ".keras", ".h5", ".hdf5", ".savedmodel")
 """Suffixes of files that hold a model and not only its weights."""
+_LEGACY = (".h5", ".hdf5")
+
+
+def _is_whole(target: Path) -> bool:
+    return target.name.endswith(_WHOLE) and not target.name.endswith(".weights.h5")
+
+
+def _of_keras2(contents: Contents) -> bool:
+    """True for a `.keras` of Keras 2, whose config current Keras seldom loads."""
+    settings = contents.source.settings
+    return keras3_config(contents) and is_keras2(settings["config"], settings.get("keras_version"))
+
+
+def _for_current_keras(contents: Contents, framework: Framework, journey: Journey) -> Contents:
+    """A model of Keras 2 with its graph, if current Keras can be given a model of that; else without."""
+    manifest = _manifest_of(contents)
+    assert framework.target is not None
+    try:
+        if contents.graph is None:
+            raise Refused(Problem("graph", manifest.no_graph(), "one"))
+        importlib.import_module(framework.target).model_config(manifest)
+    except Refused as error:
+        why = "; ".join(f"{problem.where}: {problem.found}" for problem in error.problems)
+        journey.warnings.append(f"written as a file of Keras 2, like its source, for Keras 2 alone to load ({why})")
+        return replace(contents, graph=None, notes=(*contents.notes, f"no graph: {why}"))
+    journey.notes.append("a file of Keras 2: built anew for current Keras (--into keeps the file as it is)")
+    return contents
+
+
+def _described_by_itself(contents: Contents, target: Path) -> bool:
+    """True if the source's own description of its model can be written again."""
+    if target.name.endswith(_LEGACY) and contents.source.format == "h5":
+        return True
+    return keras3_config(contents) and target.name.endswith((".keras", *_LEGACY))
 
 
 def _rebuilt(contents: Contents, target: Path) -> bool:
     """True if a file is built from the graph although source and target store layers alike."""
     if target.name.endswith(".pt2"):
         return True
-    whole = target.name.endswith(_WHOLE) and not target.name.endswith(".weights.h5")
-    again = target.name.endswith((".h5", ".hdf5")) and contents.source.format == "h5"
-    return whole and not again and not keras3_config(contents) and contents.graph is not None
+    if not _is_whole(target) or contents.graph is None:
+        return False
+    return _of_keras2(contents) or not _described_by_itself(contents, target)
 
 
 def _classes_missing(contents: Contents, framework: Framework) -> bool:
@@ -134,8 +168,7 @@ def _foreign_model(
 
     A model that is built whole from its graph needs no decision on a Flatten: the graph says what becomes of it.
     """
-    whole = contents.graph is not None and target.name.endswith(_WHOLE) and not target.name.endswith(".weights.h5")
-
+    whole = contents.graph is not None and _is_whole(target)
     assert framework.target is not None
     for layer in contents.layers:
         if layer.kind == "unknown" and layer.weights:
