@@ -240,3 +240,22 @@ def test_the_reason_for_a_missing_graph(goal: str, tmp_path: Path, neutral_: Com
     if goal == "b.pt2":
         said = neutral_.refused("convert", tmp_path / "a.pt", tmp_path / goal)
         assert "an archive without a graph (0: no graph, because Unfold" in said
+
+
+# --- an activation that is a layer has settings ---
+
+
+def test_layers_as_activations_are_compared_with_their_settings(tmp_path: Path, neutral_: Commands) -> None:
+    def model(k: Any, slope: float) -> Any:
+        act = k.layers.LeakyReLU(slope)
+        return k.Sequential([k.Input((5, 3)), k.layers.LSTM(4, activation=act, name="r")])
+
+    m.randomized_keras_2(model(tf_keras, 0.1), 1).save(tmp_path / "a.h5")
+    m.randomized_keras(model(keras, 0.1), 2).save(tmp_path / "same.keras")
+    model(keras, 0.5).save(tmp_path / "other.keras")
+    said = neutral_.refused("convert", tmp_path / "a.h5", tmp_path / "b.keras", "--into", tmp_path / "other.keras")
+    assert "activation LeakyReLU(negative_slope=0.1)" in said and "LeakyReLU(negative_slope=0.5)" in said
+    assert "LeakyReLU" in neutral_.refused("convert", tmp_path / "a.h5", tmp_path / "b.keras")
+    neutral_.ok("convert", tmp_path / "a.h5", tmp_path / "b.keras", "--into", tmp_path / "same.keras")
+    x = m.random(2, 5, 3)
+    m.assert_close(run_keras_3(tmp_path / "b.keras", x), run_keras_2(tmp_path / "a.h5", x))
