@@ -33,7 +33,9 @@ def activation_name(value: Any) -> str | None:
         return value
     if isinstance(value, Mapping):
         config = value.get("config")
-        return config if isinstance(config, str) else _layer_as_name(str(value.get("class_name") or "unknown"), config)
+        if isinstance(config, str):
+            return config
+        return _layer_as_name(str(value.get("class_name") or "unknown"), config)
     return "unknown"
 
 
@@ -44,8 +46,8 @@ _RENAMED = {("LeakyReLU", "alpha"): "negative_slope"}
 
 def _layer_as_name(cls: str, config: Any) -> str:
     given = config if isinstance(config, Mapping) else {}
-    told = {
-        _RENAMED.get((cls, key), key): value["value"] if isinstance(value, Mapping) and "value" in value else value
+    told: dict[str, Any] = {
+        str(_RENAMED.get((cls, key), key)): value["value"] if isinstance(value, Mapping) and "value" in value else value
         for key, value in given.items()
         if key not in _NO_SETTING and value is not None
     }
