@@ -18,7 +18,7 @@ import numpy as np
 
 from neutral.containers.hdf5 import Attribute, Hdf5Source, natural
 from neutral.containers.keras_file import KerasFile, open_keras, parse_json
-from neutral.conventions.keras_config import Config, Holder, Slot, is_model, layer_slots, slots
+from neutral.conventions.keras_config import Config, Holder, Slot, is_keras2, is_model, layer_slots, slots, unwired
 from neutral.conventions.keras_live import live_object, live_variables
 from neutral.conventions.keras_variables import (
     CELL_OF,
@@ -60,7 +60,7 @@ def read(source: Path, *, key: str | None = None) -> NativeModel:
         notes=tuple(bound.notes),
         close=opened.close,
     )
-    return with_graph(model, opened.config, capture)
+    return with_graph(model, opened.config, partial(capture, version=opened.metadata.get("keras_version")))
 
 
 def read_live(model: Any) -> NativeModel:
@@ -141,10 +141,10 @@ class _Bound:
     ordered: bool = False
 
 
-def config_slots(config: Config, where: str) -> list[Slot]:
+def config_slots(config: Config, where: str, version: object = None) -> list[Slot]:
     """`keras_config.slots`, with a malformed config as a `BadFile`."""
     try:
-        return slots(config)
+        return slots(config, is_keras2(config, version))
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RecursionError) as error:
         found = f"a config that is malformed ({type(error).__name__}: {error})"
         raise BadFile(Problem(where, found, "a Sequential or Functional config as Keras writes it")) from None
@@ -159,7 +159,7 @@ def _object_layout(opened: KerasFile) -> _Bound:
     config = opened.config
     if config is not None and is_model(config):
         bound.ordered = True
-        for slot in config_slots(config, str(opened.path)):
+        for slot in config_slots(config, str(opened.path), opened.metadata.get("keras_version")):
             bound.layers += tree.bind(slot, bound.notes)
     elif config is not None:
         bound.notes.append(f"{config.get('class_name')}: a class of its own; its layers are named by its attributes")
@@ -411,8 +411,8 @@ def _legacy(opened: KerasFile) -> _Bound:
     weights = {name: _weights(source, root, name) for name in _names(source, root, "layer_names")}
     by_top: dict[str, list[Slot]] = {}
     if opened.config is not None and is_model(opened.config):
-        bound.ordered = True
-        for slot in config_slots(opened.config, str(opened.path)):
+        found, bound.ordered = _legacy_slots(opened, opened.config)
+        for slot in found:
             by_top.setdefault(slot.top, []).append(slot)
     order = [*by_top, *(name for name in weights if name not in by_top)]
     for top in order:
@@ -424,6 +424,22 @@ def _legacy(opened: KerasFile) -> _Bound:
             name = "optimizer" if head == "optimizer_weights" else "other"
             bound.collections.setdefault(name, []).append(NativeTensor(path, dataset.tensor, dataset.address))
     return bound
+
+
+def _legacy_slots(opened: KerasFile, config: Config) -> tuple[list[Slot], bool]:
+    """The layers, and whether they are in the order of computation.
+
+    Legacy files name their variables, so that they can be told apart where the wiring makes no sense.
+    """
+    where, version = str(opened.path), opened.metadata.get("keras_version")
+    try:
+        return config_slots(config, where, version), True
+    except BadFile:
+        try:
+            return config_slots(unwired(config), where, version), False
+        except (TypeError, KeyError, AttributeError, RecursionError):
+            pass
+        raise
 
 
 def _names(source: Hdf5Source, group: str, attribute: str) -> list[str]:

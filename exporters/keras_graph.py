@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from neutral.conventions.keras_config import is_keras2
 from neutral.conventions.keras_variables import CONTAINERS
 from neutral.errors import printable
 from neutral.exporters.keras_builder import Builder, Decisions, Splits
@@ -30,15 +31,8 @@ from neutral.schema.graph import Graph
 _MOST_PASSES = 100
 
 
-def _is_keras2(config: Config) -> bool:
-    version = config.get("keras_version")
-    if isinstance(version, str):
-        return version[:1] in ("1", "2")
-    return "module" not in config
-
-
-def _pass(config: Config, decisions: Decisions) -> tuple[Builder, list[Flow]]:
-    builder = Builder(decisions, _is_keras2(config))
+def _pass(config: Config, version: object, decisions: Decisions) -> tuple[Builder, list[Flow]]:
+    builder = Builder(decisions, is_keras2(config, version))
     outputs = ModelWalk(builder, "", 0).run(config, None)
     kept = []
     for flow in outputs:
@@ -49,9 +43,10 @@ def _pass(config: Config, decisions: Decisions) -> tuple[Builder, list[Flow]]:
     return builder, kept
 
 
-def capture(config: Mapping[str, Any]) -> tuple[Graph | None, Splits, list[str]]:
+def capture(config: Mapping[str, Any], version: object = None) -> tuple[Graph | None, Splits, list[str]]:
     """The graph of a parsed model config, the splits of its vector layers, and remarks for the user.
 
+    `version` is the version of Keras that the config's file tells.
     The graph is None if a layer has no place in it; the remarks say which. `splits` names each dense layer, norm and
     PReLU whose surroundings are understood even so.
     """
@@ -61,7 +56,7 @@ def capture(config: Mapping[str, Any]) -> tuple[Graph | None, Splits, list[str]]
         try:
             if str(config.get("class_name")) not in CONTAINERS or is_foreign(config):
                 raise Malformed(f"a model of class {config.get('class_name')!r}, which only its own code can wire")
-            builder, outputs = _pass(config, decisions)
+            builder, outputs = _pass(config, version, decisions)
         except (Malformed, Unclear) as error:
             return None, {}, [printable(f"model: {error}; the archive has no graph")]
         except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:

@@ -131,6 +131,8 @@ def apply_layer(b: Builder, entry: Config, call: Call) -> list[Flow]:
     if isinstance(call.arguments.get("mask"), Flow):
         raise Unclear("it is called with a mask")
     kept = {key: value for key, value in call.arguments.items() if key not in ("training", "mask")}
+    if not operation and any(isinstance(value, list) or value not in (None, False) for value in call.constants):
+        raise Unclear("it is called with a constant")
     takes_arguments = operation or call.cls in _TAKE_ARGUMENTS
     if not takes_arguments and any(value not in (None, False) for value in kept.values()):
         raise Unclear("it is called with arguments")
@@ -145,7 +147,11 @@ def apply_layer(b: Builder, entry: Config, call: Call) -> list[Flow]:
 def _as_operation(call: Call) -> Call:
     """A function of TensorFlow that Keras 2 wrapped into a layer, as Keras 3 writes it."""
     others = [value for key, value in call.arguments.items() if key != "name"]
-    numbers = (None, *others) if others and not isinstance(others[0], Flow) else ()
-    inputs = (*call.inputs, *(value for value in others if isinstance(value, Flow)))
+    flows = iter(call.inputs)
+    first = [next(flows) if value is None else value for value in call.constants] or call.inputs
+    operands = [*first, *others]
+    inputs = tuple(value for value in operands if isinstance(value, Flow))
+    numbers = tuple(None if isinstance(value, Flow) else value for value in operands)
     cls = TF_FUNCTIONS[call.config["function"]]
-    return replace(call, cls=cls, config={}, arguments={}, inputs=inputs, constants=numbers)
+    constants = numbers if len(inputs) < len(operands) else ()
+    return replace(call, cls=cls, config={}, arguments={}, inputs=inputs, constants=constants)

@@ -201,8 +201,8 @@ class ModelWalk:
 
             positional = resolve(application.positional)
             arguments = {k: resolve(v) for k, v in application.arguments.items()}
-            constants = tuple(None if isinstance(v, Flow) else v for v in positional)
-            constants = () if all(v is None or isinstance(v, list) for v in constants) else constants
+            constants = tuple(None if _all_flows(v) else v for v in positional)
+            constants = () if all(v is None for v in constants) else constants
             declared = {t: s for (n, node, t), s in shapes.items() if (n, node) == (name, application.node)}
             made = (name, application.node, 0)
             call = self._call(layer, _flows(positional), arguments=arguments, constants=constants)
@@ -250,6 +250,10 @@ def _flows(values: Sequence[Any]) -> list[Flow]:
         elif isinstance(value, list):
             found += _flows(value)
     return found
+
+
+def _all_flows(value: Any) -> bool:
+    return isinstance(value, Flow) or (isinstance(value, list) and all(_all_flows(v) for v in value))
 
 
 def _declared(layer: Config) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from neutral.conventions.keras_config import CONSTANT
 from neutral.conventions.keras_variables import CONTAINERS
 from neutral.exporters.keras_flow import Config, Malformed
 
@@ -52,6 +53,11 @@ def _is_reference(value: Any) -> bool:
     )
 
 
+def _is_input(value: Any) -> bool:
+    """A tensor, or a constant, that a node of Keras 2 takes."""
+    return _is_reference(value) or (isinstance(value, list) and len(value) in (3, 4) and value[0] == CONSTANT)
+
+
 def references(value: Any) -> list[Reference]:
     """`["name", 0, 0]`, a list of such, or a dict of such."""
     if isinstance(value, Mapping):
@@ -78,17 +84,20 @@ def parse_node(layer: int, number: int, node: Any, names: Mapping[str, int]) -> 
             raise Malformed("an inbound node without args")
         positional = [_tensors3(value) for value in node.get("args", [])]
         return Application(layer, number, tuple(positional), {k: _tensors3(v) for k, v in arguments.items()})
-    if isinstance(node, list) and node and _is_reference(node):
+    if isinstance(node, list) and node and _is_input(node):
         node = [node]
-    if not isinstance(node, list) or not node or not all(_is_reference(entry) for entry in node):
+    if not isinstance(node, list) or not node or not all(_is_input(entry) for entry in node):
         raise Malformed("an inbound node that is not understood")
     arguments = {}
+    positional = [
+        entry[2] if entry[0] == CONSTANT else TensorReference((entry[0], entry[1], entry[2])) for entry in node
+    ]
     for entry in node:
         extra = entry[3] if len(entry) == 4 else {}
         if not isinstance(extra, Mapping):
             raise Malformed("an inbound node that is not understood")
         arguments.update({k: _tensors2(v, names) for k, v in extra.items()})
-    return Application(layer, number, tuple(TensorReference((e[0], e[1], e[2])) for e in node), arguments)
+    return Application(layer, number, tuple(positional), arguments)
 
 
 def _tensors3(value: Any) -> Any:

@@ -161,7 +161,7 @@ def _described(known: KerasObject | None, index: int) -> Slot | None:
     if known is None or "class_name" not in known.metadata:
         return None
     try:
-        found = slots({"class_name": "Sequential", "config": {"layers": [known.metadata]}})
+        found = slots({"class_name": "Sequential", "config": {"layers": [known.metadata]}}, keras2=True)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError):
         return None
     return found[index] if index < len(found) else None

@@ -21,7 +21,16 @@ from neutral.containers.hdf5 import Hdf5Source, Hdf5Tree, fill_hdf5, in_place, p
 from neutral.containers.keras_file import CONFIG, METADATA, WEIGHTS, KerasFile, open_keras
 from neutral.containers.zip_replacing import replace_members
 from neutral.containers.zip_writing import NewMember, write_zip
-from neutral.conventions.keras_config import Config, Holder, Slot, history_list, is_model, model_layers, slots
+from neutral.conventions.keras_config import (
+    Config,
+    Holder,
+    Slot,
+    history_list,
+    is_keras2,
+    is_model,
+    model_layers,
+    slots,
+)
 from neutral.conventions.keras_live import live_variable
 from neutral.conventions.keras_variables import (
     CELL_OF,
@@ -145,13 +154,25 @@ def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = Fa
         with new_file(out, force) as file:
             write_weights(file, layers)
     elif suffix in (".keras", *_LEGACY):
-        write = write_keras if suffix == ".keras" else write_legacy
         config = model_config(manifest)
+        version = _version_of(config, manifest)
         with new_file(out, force) as file:
-            write(file, config, layers)
+            if suffix in _LEGACY:
+                write_legacy(file, config, layers, version)
+            elif version == KERAS_VERSION:
+                write_keras(file, config, layers)
+            else:
+                _write_zip(file, config, version, _as_named(layers))
     else:
         found = f"suffix {suffix}" if suffix else "no suffix"
         raise Unsupported(Problem(str(out), found, ".keras, .h5 or .weights.h5", "name the output so"))
+
+
+def _version_of(config: Config, manifest: Manifest) -> str:
+    """Keras 2 stays what the config of a Keras 2 file is for."""
+    version = manifest.source.settings.get("keras_version")
+    own = config == manifest.source.settings.get("config") and is_keras2(config, version)
+    return str(version) if own else KERAS_VERSION
 
 
 _LEGACY = (".h5", ".hdf5")
@@ -172,8 +193,24 @@ def write_keras(out: BinaryIO, config: Config, layers: Iterable[NativeLayer]) ->
             groups[group] = {"name": min(holder.names[-1])} if holder.names and holder.names[-1] else {}
             for index, name in enumerate(own_variables(holder.cls, holder.config)):
                 datasets[f"{group}/{index}"] = tensors[_local(holder, name)]
-    plan = plan_hdf5(Hdf5Tree(groups, datasets))
-    metadata = {"keras_version": KERAS_VERSION, "date_saved": _NO_DATE}
+    _write_zip(out, config, KERAS_VERSION, Hdf5Tree(groups, datasets))
+
+
+def _as_named(layers: Iterable[NativeLayer]) -> Hdf5Tree:
+    """The variables where the source has them. Keras 2 looks for `vars` in every object that it finds."""
+    datasets = {tensor.name: tensor.data for layer in layers for tensor in layer.tensors.values()}
+    groups: dict[str, dict[str, str | list[str]]] = {"vars": {}}
+    for name in datasets:
+        steps = name.split("/")[:-2]
+        for end, step in enumerate(steps, start=1):
+            if step not in ("layers", "cells", "_layer_checkpoint_dependencies"):
+                groups["/".join((*steps[:end], "vars"))] = {}
+    return Hdf5Tree(groups, datasets)
+
+
+def _write_zip(out: BinaryIO, config: Config, keras_version: str, weights: Hdf5Tree) -> None:
+    plan = plan_hdf5(weights)
+    metadata = {"keras_version": keras_version, "date_saved": _NO_DATE}
     members = [_text(METADATA, metadata), _text(CONFIG, config), NewMember(WEIGHTS, plan.size, plan.chunks())]
     write_zip(out, members)
 

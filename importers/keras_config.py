@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from neutral.conventions.keras_config import is_keras2
 from neutral.conventions.keras_variables import CONTAINERS
 from neutral.errors import Problem, Refused, raise_all
 from neutral.importers.keras_builder import Builder
@@ -49,10 +50,13 @@ def layer_names(manifest: Manifest) -> dict[str, str]:
 
 
 def _own_config(manifest: Manifest) -> Config | None:
-    config = manifest.source.settings.get("config") if manifest.source.framework == "keras" else None
-    if isinstance(config, Mapping) and "module" in config and isinstance(config.get("config"), Mapping):
-        return dict(config)
-    return None
+    """The source's own config, where it can be written again: one of Keras 2 only if nothing else is known."""
+    settings = manifest.source.settings
+    config = settings.get("config") if manifest.source.framework == "keras" else None
+    if not isinstance(config, Mapping) or "module" not in config or not isinstance(config.get("config"), Mapping):
+        return None
+    rebuilt = manifest.graph is not None and is_keras2(config, settings.get("keras_version"))
+    return None if rebuilt else dict(config)
 
 
 def _walk(config: Mapping[str, Any], prefix: str = "") -> dict[str, Form]:
@@ -132,7 +136,9 @@ def model_config(manifest: Manifest) -> Config:
         return own
     if manifest.graph is None:
         wanted = "one that says how the layers are wired"
-        raise Refused(Problem("graph", "an archive without a graph", wanted, f"write {NO_LAYER}"))
+        raise Refused(
+            Problem("graph", f"an archive without a graph ({manifest.no_graph()})", wanted, f"write {NO_LAYER}")
+        )
     builder = _built(manifest, manifest.graph)
     outputs: list[KerasTensor] = []
     try:

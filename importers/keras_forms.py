@@ -12,10 +12,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from neutral.conventions.keras_onnx import FUNCTIONS
 from neutral.errors import Problem, an
 from neutral.importers.keras_tensor import Config
 from neutral.schema.kinds import (
     GRU,
+    HARD_SIGMOIDS,
     LSTM,
     AnyLayer,
     Attention,
@@ -244,6 +246,9 @@ def _recurrent_form(layer: LSTM | GRU | SimpleRNN, known: bool) -> Form:
     if "projection" in layer.parameters:
         raise Inexpressible("an LSTM with a projection", "one without, for Keras has none", "import it to torch")
     kernel = layer.parameters["recurrent_kernel"]
+    if known:
+        for name in (layer.activation, getattr(layer, "recurrent_activation", None)):
+            _check_activation(name)
     config: Config = {
         "units": kernel.shape[kernel.axes.index("unit")],
         "activation": layer.activation or "tanh",
@@ -256,6 +261,13 @@ def _recurrent_form(layer: LSTM | GRU | SimpleRNN, known: bool) -> Form:
         config["reset_after"] = True if layer.reset_after is None else layer.reset_after
     cls = {"lstm": "LSTM", "gru": "GRU", "simple_rnn": "SimpleRNN"}[layer.kind]
     return _two_ways(layer, cls, config) if kernel.axes[0] == "direction" else (cls, config)
+
+
+def _check_activation(name: str | None) -> None:
+    """Inside a recurrent layer only a function with a name can stand."""
+    if name is not None and name not in FUNCTIONS:
+        meaning = f" ({HARD_SIGMOIDS[name]})" if name in HARD_SIGMOIDS else ""
+        raise Inexpressible(f"the activation {name}{meaning} in a recurrent layer", "one of Keras 3's functions")
 
 
 def _two_ways(layer: LSTM | GRU | SimpleRNN, cls: str, config: Config) -> Form:

@@ -155,7 +155,7 @@ def _traced(model: NativeModel, manifest: Manifest, out: Path, force: bool) -> N
         raise Refused(
             Problem(
                 str(out),
-                "an archive without a graph",
+                f"an archive without a graph ({manifest.no_graph()})",
                 "one that says how its layers are wired, which a SavedModel holds",
                 "write a checkpoint (OUT ending in .ckpt), or pass --into a SavedModel",
             )

@@ -53,7 +53,8 @@ def build_module(manifest: Manifest) -> torch.nn.Module:
 
 def graph_of(manifest: Manifest) -> Graph:
     if manifest.graph is None:
-        raise Refused(Problem("manifest", "no graph", "to know how the layers are wired", "import into a template"))
+        found = f"no graph ({manifest.no_graph()})"
+        raise Refused(Problem("manifest", found, "to know how the layers are wired", "import into a template"))
     return manifest.graph
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from neutral.archive import Contents, manifest_without_digests
 from neutral.canon import Written, binding_for, kind_advice, native_tensors, recognise
 from neutral.canonical import CanonicalLayer, CanonicalTensor
 from neutral.conventions.forms import Convention, same_family
+from neutral.conventions.keras_config import is_keras2
 from neutral.doubts import flatten_remark, undecided_problem
 from neutral.errors import Problem, Refused, an, raise_all
 from neutral.frameworks import Format, Framework
@@ -31,7 +33,18 @@ def build_model(
     """Native layers of the target framework for a new file, and the manifest that its writer may look at."""
     convention = framework.convention()
     origin = origin_of(contents).convention()
+    if _of_keras2(contents) and framework.name == "keras" and form.whole:
+        contents = _for_current_keras(contents, framework, journey)
     manifest = _manifest_of(contents)
+    if form.whole and contents.graph is None and not _described_by_itself(contents, form):
+        raise Refused(
+            Problem(
+                str(target),
+                f"an archive without a graph ({manifest.no_graph()})",
+                "one, to write a whole model",
+                "write weights, or use --into TEMPLATE",
+            )
+        )
     if same_family(origin, convention) and not _rebuilt(contents, form) and not _classes_missing(contents, framework):
         native = native_again(contents, framework)
     elif framework.name == "numpy":
@@ -39,18 +52,6 @@ def build_model(
     else:
         native = _foreign_model(contents, framework, convention, origin, manifest, form, journey)
     raise_all(Refused, journey.problems)
-    if form.whole and contents.graph is None and not same_family(origin, convention):
-        why = next(
-            (note for note in contents.notes if "no graph" in note), "the source does not say how its layers are wired"
-        )
-        raise Refused(
-            Problem(
-                str(target),
-                f"an archive without a graph ({why})",
-                "one, to write a whole model",
-                "write weights, or use --into TEMPLATE",
-            )
-        )
     if (
         framework.name in ("keras", "tensorflow")
         and native.graph is None
@@ -61,12 +62,42 @@ def build_model(
     return native, manifest
 
 
+def _of_keras2(contents: Contents) -> bool:
+    """True for a `.keras` of Keras 2, whose config current Keras seldom loads."""
+    settings = contents.source.settings
+    return keras3_config(contents) and is_keras2(settings["config"], settings.get("keras_version"))
+
+
+def _for_current_keras(contents: Contents, framework: Framework, journey: Journey) -> Contents:
+    """A model of Keras 2 with its graph, if current Keras can be given a model of that; else without."""
+    manifest = _manifest_of(contents)
+    assert framework.target is not None
+    try:
+        if contents.graph is None:
+            raise Refused(Problem("graph", manifest.no_graph(), "one"))
+        importlib.import_module(framework.target).model_config(manifest)
+    except Refused as error:
+        why = "; ".join(f"{problem.where}: {problem.found}" for problem in error.problems)
+        journey.warnings.append(f"written as a file of Keras 2, like its source, for Keras 2 alone to load ({why})")
+        return replace(contents, graph=None, notes=(*contents.notes, f"no graph: {why}"))
+    journey.notes.append("a file of Keras 2: built anew for current Keras (--into keeps the file as it is)")
+    return contents
+
+
+def _described_by_itself(contents: Contents, form: Format) -> bool:
+    """True if the source's own description of its model can be written again."""
+    if form.name == contents.source.format == "h5":
+        return True
+    return keras3_config(contents) and form.name in ("keras", "h5")
+
+
 def _rebuilt(contents: Contents, form: Format) -> bool:
     """True if a file is built from the graph although source and target store layers alike."""
     if form.name == "pt2":
         return True
-    again = form.name == contents.source.format == "h5"
-    return form.whole and not again and not keras3_config(contents) and contents.graph is not None
+    if not form.whole or contents.graph is None:
+        return False
+    return _of_keras2(contents) or not _described_by_itself(contents, form)
 
 
 def _classes_missing(contents: Contents, framework: Framework) -> bool:

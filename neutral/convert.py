@@ -515,7 +515,7 @@ def _runnable(path: Path, stack: ExitStack) -> Runnable:
             except (Refused, Unsupported) as error:
                 reasons += error.problems
         if archive.manifest.graph is None:
-            what = f"{found[0]} weights without a graph"
+            what = f"{found[0]} weights without a graph ({archive.manifest.no_graph()})"
             raise Refused(*reasons or [Problem(str(path), what, "a model that can be run", f"pass {running.RUNS}")])
         why = f" ({reasons[0].found})" if reasons else ""
         return _from_graph(archive, f"{path}, rebuilt from its graph{why}", stack)

@@ -18,7 +18,7 @@ from neutral.canon import compatible
 from neutral.canonical import CanonicalLayer
 from neutral.errors import Problem, Refused, an, named, raise_all
 from neutral.schema.graph import Graph
-from neutral.schema.kinds import KINDS
+from neutral.schema.kinds import HARD_SIGMOIDS, KINDS
 
 
 @dataclass(frozen=True)
@@ -401,7 +401,7 @@ def differing_settings(
         )
         if a is None or b is None or _equal(a, b) or (outside and not wired_alike):
             continue
-        problems.append(Problem(where, f"{name} {a}", f"the template's {b}", f"build the template with {name}={a}"))
+        problems.append(_differing(where, name, a, b))
     for name in _REMARK:
         a, b = source.attributes.get(name), target.attributes.get(name)
         if a is not None and b is not None and not _equal(a, b):
@@ -414,6 +414,13 @@ def differing_settings(
                     f"{where}: {name} is {mine} in the {whose}; the other model must be wired to do the same"
                 )
     return problems, remarks
+
+
+def _differing(where: str, name: str, a: Any, b: Any) -> Problem:
+    if a in HARD_SIGMOIDS and b in HARD_SIGMOIDS:
+        found, expected = (f"{each} ({HARD_SIGMOIDS[each]})" for each in (a, b))
+        return Problem(where, f"{name} {found}", f"the template's {expected}", "use a template of the source's Keras")
+    return Problem(where, f"{name} {a}", f"the template's {b}", f"build the template with {name}={a}")
 
 
 def _equal(a: Any, b: Any) -> bool:

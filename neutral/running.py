@@ -30,6 +30,7 @@ import numpy.typing as npt
 from neutral.containers.files import SourceFile
 from neutral.containers.keras_file import open_keras
 from neutral.containers.zip import ZipSource
+from neutral.conventions.keras_config import is_keras2, renamed_since_keras2
 from neutral.errors import NeutralError, Problem, Refused, Unsupported, printable
 from neutral.schema.graph import Graph
 from neutral.schema.manifest import Manifest
@@ -153,6 +154,9 @@ def keras_model(path: Path, manifest: Manifest) -> Runnable:
         raise _refused(path, "weights alone", "a model that can be run")
     for name, why in _unsafe(config):
         raise _refused(path, f"{name}: {why}")
+    if is_keras2(config, opened.metadata.get("keras_version")):
+        for name in renamed_since_keras2(config):
+            raise _refused(path, f"{name} of Keras 2, which current Keras computes in another way", "the same in both")
     _need(path, "keras")
     with framework_errors(str(path), "loading it"):
         import keras

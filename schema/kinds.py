@@ -34,6 +34,13 @@ LABELS: dict[str, tuple[str, ...]] = {
 """Blocks of axes that mean the same in every kind. Gates are named per kind."""
 
 
+HARD_SIGMOIDS: dict[str, str] = {
+    "hard_sigmoid": "x/6 + 0.5, as in Keras 3",
+    "hard_sigmoid_0.2": "0.2x + 0.5, as in Keras 2",
+}
+"""Activations that Keras 2 and Keras 3 call by one name. All others are named as Keras 3 names them."""
+
+
 class Parameter(Strict):
     """One tensor of a layer: its axes with labelled blocks, shape, dtype, digest, and what its source called it.
 

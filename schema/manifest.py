@@ -88,6 +88,11 @@ class Manifest(Strict):
         blank = text.replace(key.format(self.manifest_digest), key.format(_NO_DIGEST))
         return hashlib.sha256(blank.encode("utf-8", "surrogatepass")).hexdigest() == self.manifest_digest
 
+    def no_graph(self) -> str:
+        """Why there is no graph, as far as the reader of the source noted it: a phrase for a message."""
+        noted = next((note for note in self.notes if "no graph" in note), "")
+        return noted.removesuffix("; the archive has no graph") or "the source does not say how its layers are wired"
+
     def parameters(self) -> Iterable[tuple[str, Parameter]]:
         """(`<layer>/<role>`, parameter) of every layer, in order."""
         for layer in self.layers:

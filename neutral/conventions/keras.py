@@ -20,10 +20,12 @@ def _per_axis(value: Any, rank: int) -> tuple[int, ...]:
 
 
 def activation_name(value: Any) -> str | None:
-    """A config's activation as its name; None where it is not given or not one of Keras' own names.
+    """A config's activation as its name, that of a layer with its settings; None where it is not given.
 
     >>> activation_name({"class_name": "ReLU", "config": {}, "module": "keras.layers"})
     'ReLU'
+    >>> activation_name({"class_name": "LeakyReLU", "config": {"name": "act", "alpha": 0.1}})
+    'LeakyReLU(negative_slope=0.1)'
     """
     if value is None:
         return "linear"
@@ -31,8 +33,26 @@ def activation_name(value: Any) -> str | None:
         return value
     if isinstance(value, Mapping):
         config = value.get("config")
-        return config if isinstance(config, str) else str(value.get("class_name") or "unknown")
+        if isinstance(config, str):
+            return config
+        return _layer_as_name(str(value.get("class_name") or "unknown"), config)
     return "unknown"
+
+
+_NO_SETTING = ("name", "dtype", "trainable")
+_RENAMED = {("LeakyReLU", "alpha"): "negative_slope"}
+"""Settings that Keras 2 called otherwise."""
+
+
+def _layer_as_name(cls: str, config: Any) -> str:
+    given = config if isinstance(config, Mapping) else {}
+    told: dict[str, Any] = {
+        str(_RENAMED.get((cls, key), key)): value["value"] if isinstance(value, Mapping) and "value" in value else value
+        for key, value in given.items()
+        if key not in _NO_SETTING and value is not None
+    }
+    shown = [f"{key}={told[key]:g}" if isinstance(told[key], float) else f"{key}={told[key]}" for key in sorted(told)]
+    return f"{cls}({', '.join(shown)})" if shown else cls
 
 
 def _activation(config: Config) -> dict[str, Any]:

@@ -7,9 +7,10 @@ order of `model.layers`, which for a Functional model is an order of the graph, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from neutral.conventions.keras_onnx import KERAS2_NAMES
 from neutral.conventions.keras_variables import CELL_OF, KNOWN, PYTHON_NAME, RECURRENT, Counter, parts, snake_case
 
 Config = Mapping[str, Any]
@@ -71,6 +72,16 @@ class _Place:
         )
 
 
+def is_keras2(config: Config, version: object = None) -> bool:
+    """True for a config of Keras 1 or 2; `version` is what its file says beside it.
+
+    >>> is_keras2({"module": "keras"}), is_keras2({"module": "keras"}, "2.15.0"), is_keras2({"class_name": "Sequential"})
+    (False, True, True)
+    """
+    told = version or config.get("keras_version")
+    return told[:2] in ("1.", "2.") if isinstance(told, str) else "module" not in config
+
+
 def entry_name(entry: Config) -> str:
     """The name of a serialized layer."""
     name = entry.get("name") or entry["config"].get("name")
@@ -107,6 +118,16 @@ def is_model(entry: Config) -> bool:
     if entry.get("class_name") == "Sequential":
         return isinstance(config, list) or (isinstance(config, Mapping) and "layers" in config)
     return isinstance(config, Mapping) and {"layers", "input_layers", "output_layers"} <= set(config)
+
+
+def unwired(entry: Config) -> Config:
+    """A model without its wiring: its layers, in the order in which the config lists them."""
+    if not is_model(entry):
+        return entry
+    config = entry["config"]
+    whole = {"layers": config} if isinstance(config, list) else config
+    layers = [unwired(layer) for layer in whole["layers"]]
+    return {**entry, "class_name": "Sequential", "config": {**whole, "layers": layers}}
 
 
 def model_layers(entry: Config) -> list[Config]:
@@ -174,7 +195,8 @@ def _numbered_nodes(config: Config, entries: Mapping[str, Config]) -> tuple[_Cal
     """
     modern = any(isinstance(node, Mapping) for entry in entries.values() for node in entry.get("inbound_nodes") or [])
     calls = {
-        name: [_node_inputs(node) for node in entry.get("inbound_nodes") or [[]]] for name, entry in entries.items()
+        name: [_node_inputs(node, entries) for node in entry.get("inbound_nodes") or [[]]]
+        for name, entry in entries.items()
     }
     outputs = history_list(config["output_layers"])
     referred = [pair for each in calls.values() for inputs in each for pair in inputs]
@@ -207,15 +229,20 @@ def history_list(value: Any) -> list[tuple[str, int]]:
     return []
 
 
-def _node_inputs(node: Any) -> list[tuple[str, int]]:
+CONSTANT = "_CONSTANT_VALUE"
+"""The layer that Keras 2 names where a call takes a constant first: `["_CONSTANT_VALUE", -1, 1.0, {"y": ["a", 0, 0]}]`."""
+
+
+def _node_inputs(node: Any, entries: Mapping[str, Config]) -> list[tuple[str, int]]:
     """The tensors that one call of a layer takes, in the order Keras flattens them."""
     if isinstance(node, Mapping):
         return _keras_tensors([node.get("args", []), node.get("kwargs", {})])
     found: list[tuple[str, int]] = []
     for part in _legacy_calls(node):
-        found.append((part[0], part[1]))
+        found += [] if part[0] == CONSTANT else [(part[0], part[1])]
         if len(part) > 3 and isinstance(part[3], Mapping):
-            found += [pair for key in sorted(part[3]) for pair in history_list(part[3][key])]
+            arguments = [pair for key in sorted(part[3]) for pair in history_list(part[3][key])]
+            found += [pair for pair in arguments if pair[0] in entries]
     return found
 
 
@@ -241,9 +268,41 @@ def _keras_tensors(value: Any) -> list[tuple[str, int]]:
     return []
 
 
-def slots(model: Config) -> list[Slot]:
-    """Every layer of a serialized Sequential or Functional model, nested ones too, in the order of computation."""
-    return list(_model_slots(model, _Place("", "", "", (), {}, True, 0)))
+def slots(model: Config, keras2: bool = False) -> list[Slot]:
+    """Every layer of a serialized Sequential or Functional model, nested ones too, in the order of computation.
+
+    Those of a Keras 2 model (`keras2`) have their settings in the words of Keras 3, where these mean something else.
+    """
+    found = list(_model_slots(model, _Place("", "", "", (), {}, True, 0)))
+    return [replace(slot, config=_from_keras2(slot)) for slot in found] if keras2 else found
+
+
+_KERAS2_DEFAULTS: Mapping[str, Config] = {"GRU": {"reset_after": False}}
+"""What a layer did before Keras had the setting."""
+
+
+def _from_keras2(slot: Slot) -> Config:
+    names = {key: _keras2_name(slot.config[key]) for key in _ACTIVATIONS if key in slot.config}
+    return {**_KERAS2_DEFAULTS.get(slot.cls, {}), **slot.config, **names}
+
+
+_ACTIVATIONS = ("activation", "recurrent_activation")
+
+
+def renamed_since_keras2(value: Any) -> Iterator[str]:
+    """Activations named anywhere in a config of Keras 2 that Keras 3 computes in another way."""
+    if isinstance(value, Mapping):
+        yield from (str(value[key]) for key in _ACTIVATIONS if key in value and _keras2_name(value[key]) != value[key])
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from renamed_since_keras2(inner)
+
+
+def _keras2_name(spec: Any) -> Any:
+    """An activation of Keras 2, by the name that tells it apart from Keras 3's."""
+    name = spec.get("config") if isinstance(spec, Mapping) else spec
+    return KERAS2_NAMES.get(name, spec) if isinstance(name, str) else spec
 
 
 def layer_slots(entry: Config, group: str) -> list[Slot]:

@@ -38,11 +38,20 @@ ACTIVATIONS: Mapping[str, tuple[str, Mapping[str, Attribute]]] = {
 }
 """Activation functions that are one operator on each element. Of two names for one, Keras 3 writes the first."""
 
+FUNCTIONS = frozenset(ACTIVATIONS) | {
+    "linear", "softmax", "log_softmax", "log_sigmoid", "glu", "sparse_plus", "sparse_sigmoid", "sparsemax", "squareplus",
+    "tanh_shrink", "threshold",
+}  # fmt: skip
+"""All activation functions that Keras 3 has by name."""
+
 KERAS2_ACTIVATIONS: Mapping[str, tuple[str, Mapping[str, Attribute]]] = {
     **ACTIVATIONS,
     "hard_sigmoid": ("HardSigmoid", {"alpha": 0.2, "beta": 0.5}),
 }
 """The same as Keras 1 and 2 compute them."""
+
+KERAS2_NAMES: Mapping[str, str] = {"hard_sigmoid": "hard_sigmoid_0.2"}
+"""Activation functions that Keras 3 computes in another way than Keras 2: Keras 2's name, and neutral's name for it."""
 
 NONNEGATIVE = frozenset({"relu", "relu6", "sigmoid", "hard_sigmoid", "softplus", "exponential"})
 """Activation functions whose results are never below zero."""
