@@ -57,6 +57,7 @@ class Builder:
         self.splits: Splits = {}
         self.split_origins: dict[str, frozenset[str]] = {}
         self.undecided: set[str] = set()
+        self.ranks: dict[str, int] = {}
         self._taken: set[str] = set()
         self._turned: dict[tuple[str, bool], str] = {}
 

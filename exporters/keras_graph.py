@@ -17,14 +17,19 @@ Constants are `Constant` nodes (attribute `value_float`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from neutral.conventions.forms import INPUT_RANK
 from neutral.conventions.keras_variables import CONTAINERS
 from neutral.errors import printable
 from neutral.exporters.keras_builder import Builder, Decisions, Splits
 from neutral.exporters.keras_calls import is_foreign
 from neutral.exporters.keras_flow import Config, Flow, Malformed, Unclear
 from neutral.exporters.keras_models import ModelWalk
+from neutral.exporters.wiring import with_graph
+from neutral.native import NativeModel
 from neutral.schema.graph import Graph
 
 _MOST_PASSES = 100
@@ -49,11 +54,24 @@ def _pass(config: Config, decisions: Decisions) -> tuple[Builder, list[Flow]]:
     return builder, kept
 
 
-def capture(config: Mapping[str, Any]) -> tuple[Graph | None, Splits, list[str]]:
+def wired(model: NativeModel, config: Config | None) -> NativeModel:
+    """The model with what its config says of its wiring; layers that count axes are told the rank of their input."""
+    ranks: dict[str, int] = {}
+    found = with_graph(model, config, partial(capture, ranks=ranks))
+    layers = (
+        replace(layer, config={**layer.config, INPUT_RANK: ranks[layer.path]}) if layer.path in ranks else layer
+        for layer in found.layers
+    )
+    return replace(found, layers=tuple(layers))
+
+
+def capture(
+    config: Mapping[str, Any], ranks: dict[str, int] | None = None
+) -> tuple[Graph | None, Splits, list[str]]:
     """The graph of a parsed model config, the splits of its vector layers, and remarks for the user.
 
     The graph is None if a layer has no place in it; the remarks say which. `splits` names each dense layer, norm and
-    PReLU whose surroundings are understood even so.
+    PReLU whose surroundings are understood even so. `ranks` takes the rank of the input of each layer that counts axes.
     """
     decisions = Decisions()
     for _ in range(_MOST_PASSES):
@@ -71,6 +89,8 @@ def capture(config: Mapping[str, Any]) -> tuple[Graph | None, Splits, list[str]]
             break
     else:
         return None, {}, ["model: its wiring contradicts itself; the archive has no graph"]
+    if ranks is not None:
+        ranks.update(builder.ranks)
     splits = {path: axes for path, axes in builder.splits.items() if path not in builder.undecided}
     if builder.unclear or any(flow.opaque for flow in outputs):
         return None, splits, builder.notes

@@ -25,6 +25,12 @@ from neutral.exporters.keras_nodes import (
 
 _DEEPEST = 64
 
+_COUNT_AXES = {
+    "BatchNormalization", "SyncBatchNormalization", "LayerNormalization", "GroupNormalization", "RMSNormalization",
+    "Normalization", "MultiHeadAttention", "GroupQueryAttention", "GroupedQueryAttention",
+}  # fmt: skip
+"""Layers whose settings number the axes of their input."""
+
 
 class ModelWalk:
     """Walks one model config; nested models are walked in place."""
@@ -118,6 +124,7 @@ class ModelWalk:
                 if any(value not in (None, False) for value in call.arguments.values()):
                     raise Unclear("it is called with arguments")
                 return _numbered(ModelWalk(self.b, call.path, self.depth + 1).run(entry, list(call.inputs)))
+            self._note_rank(call)
             return _numbered(apply_layer(self.b, entry, call))
         except (Unclear, TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
             sense = f"its settings make no sense ({type(error).__name__})"
@@ -125,6 +132,10 @@ class ModelWalk:
             for flow in (*call.inputs, *_flows(list(call.arguments.values()))):
                 self.b.taint(flow)
             return lambda index: Flow(f"{call.path}?{index}", _as_shape(declared.get(index)), opaque=True)
+
+    def _note_rank(self, call: Call) -> None:
+        if call.cls in _COUNT_AXES and call.inputs and call.inputs[0].shape is not None:
+            self.b.ranks[call.path] = call.inputs[0].rank
 
     def _call(self, entry: Config, inputs: list[Flow], **more: Any) -> Call:
         name, cls = _name(entry), str(entry.get("class_name"))

@@ -23,7 +23,18 @@ from typing import Any
 
 from neutral import rules
 from neutral.canonical import CROSSING, SPATIAL, CanonicalLayer, CanonicalTensor
-from neutral.conventions.forms import Convention, Form, Name, Part, Row, brace_axes, expand, role_expression
+from neutral.conventions.forms import (
+    INPUT_RANK,
+    Convention,
+    Form,
+    Name,
+    Part,
+    Row,
+    brace_axes,
+    expand,
+    from_last,
+    role_expression,
+)
 from neutral.errors import BadLayout, Problem, Refused, raise_all
 from neutral.layout import Layout, layout
 from neutral.native import NativeLayer, NativeModel, NativeTensor, Tensor, stack
@@ -350,6 +361,7 @@ def _canonical(
                 kind="unknown",
                 tensors=tensors,
                 native=layer.cls,
+                attributes=_unknown_axis(layer),
                 native_path=layer.path,
                 candidates=known.candidates,
                 channels=dict(given or {}),
@@ -383,6 +395,12 @@ def _canonical(
         )
         state = {}
     return layers
+
+
+def _unknown_axis(layer: NativeLayer) -> dict[str, Any]:
+    """The axis that a class without a kind counts, where it is certain which one that is."""
+    axis = from_last(layer.config.get("axis"), layer.config[INPUT_RANK]) if INPUT_RANK in layer.config else None
+    return {} if axis is None else {"axis": axis}
 
 
 def _flattened(

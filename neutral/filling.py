@@ -109,6 +109,7 @@ def _fill_layer(
         return
     binding = item.binding
     if binding is None and mine[0].kind == "unknown":
+        journey.problems += differing_settings(mine[0], wanted[0], alike)[0]
         _fill_unknown(native, mine[0], alike, journey)
         return
     try:
