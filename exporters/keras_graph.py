@@ -17,7 +17,7 @@ Constants are `Constant` nodes (attribute `value_float`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -54,24 +54,32 @@ def _pass(config: Config, decisions: Decisions) -> tuple[Builder, list[Flow]]:
     return builder, kept
 
 
+@dataclass
+class Aside:
+    """What a capture finds beside the graph: the rank of the input of each layer that counts axes, and the layers whose
+    axis is joined of others in an order that the config does not tell."""
+
+    ranks: dict[str, int] = field(default_factory=dict)
+    unsettled: set[str] = field(default_factory=set)
+
+
 def wired(model: NativeModel, config: Config | None) -> NativeModel:
     """The model with what its config says of its wiring; layers that count axes are told the rank of their input."""
-    ranks: dict[str, int] = {}
-    found = with_graph(model, config, partial(capture, ranks=ranks))
+    aside = Aside()
+    found = with_graph(model, config, partial(capture, aside=aside))
+    ranks = aside.ranks
     layers = (
         replace(layer, config={**layer.config, INPUT_RANK: ranks[layer.path]}) if layer.path in ranks else layer
         for layer in found.layers
     )
-    return replace(found, layers=tuple(layers))
+    return replace(found, layers=tuple(layers), unsettled=found.unsettled | aside.unsettled)
 
 
-def capture(
-    config: Mapping[str, Any], ranks: dict[str, int] | None = None
-) -> tuple[Graph | None, Splits, list[str]]:
+def capture(config: Mapping[str, Any], aside: Aside | None = None) -> tuple[Graph | None, Splits, list[str]]:
     """The graph of a parsed model config, the splits of its vector layers, and remarks for the user.
 
     The graph is None if a layer has no place in it; the remarks say which. `splits` names each dense layer, norm and
-    PReLU whose surroundings are understood even so. `ranks` takes the rank of the input of each layer that counts axes.
+    PReLU whose surroundings are understood even so. `aside` takes what else was found.
     """
     decisions = Decisions()
     for _ in range(_MOST_PASSES):
@@ -89,8 +97,8 @@ def capture(
             break
     else:
         return None, {}, ["model: its wiring contradicts itself; the archive has no graph"]
-    if ranks is not None:
-        ranks.update(builder.ranks)
+    if aside is not None:
+        aside.ranks, aside.unsettled = builder.ranks, builder.unsettled
     splits = {path: axes for path, axes in builder.splits.items() if path not in builder.undecided}
     if builder.unclear or any(flow.opaque for flow in outputs):
         return None, splits, builder.notes

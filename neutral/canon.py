@@ -265,7 +265,7 @@ def read_layers(
             for name in unmatched
         ),
     )
-    crossing = _Crossing.of(known, convention)
+    crossing = replace(_Crossing.of(known, convention), unsettled=model.unsettled)
     layers: list[tuple[Known, list[CanonicalLayer]]] = []
     problems: list[Problem] = []
     for item in known:
@@ -284,11 +284,13 @@ def _hint(path: str, hints: Mapping[str, str]) -> str | None:
 @dataclass(frozen=True)
 class _Crossing:
     """What a model without a graph tells of its Flattens: `channels` of its convolutions, which a Flatten could join;
-    `joined`, the sizes of its dense layers; and per layer path, kind and size made of the layer `before` it (no norm)."""
+    `joined`, the sizes of its dense layers; per layer path, kind and size made of the layer `before` it (no norm); and
+    `unsettled`, the layers that stand behind one for certain."""
 
     channels: frozenset[int]
     joined: frozenset[int]
     before: Mapping[str, tuple[str, str, int]]
+    unsettled: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, known: Sequence[Known], convention: Convention) -> _Crossing:
@@ -454,7 +456,7 @@ def _open(
         return False
     if flatten and crossing.follows(path, size):
         return kind != "dense" and "out" in flatten.get(crossing.before[path][0], {})
-    return crossing.may(path, kind, size)
+    return (axis != "out" and path in crossing.unsettled) or crossing.may(path, kind, size)
 
 
 def _doubts(known: Known, crossing: _Crossing, flatten: Mapping[str, Mapping[str, int]] | None) -> tuple[str, ...]:
