@@ -17,9 +17,10 @@ from neutral.conventions.forms import Convention, Form
 from neutral.errors import NeutralError, Problem, Refused, raise_all
 from neutral.frameworks import FRAMEWORKS, Framework
 from neutral.journey import Journey
-from neutral.match import Side, differing_settings, pair_layers
+from neutral.match import Pairing, Side, differing_settings, pair_layers
 from neutral.native import NativeLayer, NativeModel, NativeTensor
 from neutral.origin import origin_of, stored_form
+from neutral.surroundings import Wiring, differing_surroundings
 
 
 def fill_template(
@@ -52,7 +53,30 @@ def fill_template(
     told = ("config" in contents.source.settings, template.metadata.get("config") is not None)
     for item, layers in known:
         _fill_layer(contents, item, layers, partner, convention, origin, alike, told, template.splits, cast, journey)
+    _compare_surroundings(contents, template, pairing, origin, convention, journey)
     raise_all(Refused, journey.problems)
+
+
+def _compare_surroundings(
+    contents: Contents,
+    template: NativeModel,
+    pairing: Pairing,
+    origin: Convention,
+    convention: Convention,
+    journey: Journey,
+) -> None:
+    """Where both models say how they are wired, what is around paired layers must be the same."""
+    if contents.graph is None or template.graph is None:
+        return
+    problems, remarks = differing_surroundings(
+        Wiring(contents.graph, origin.flatten == "position channel"),
+        Wiring(template.graph, convention.flatten == "position channel"),
+        {pair.source: pair.target for pair in pairing.pairs},
+        same_family(origin, convention),
+    )
+    told = {problem.where for problem in journey.problems}
+    journey.problems += [problem for problem in problems if problem.where not in told]
+    journey.warnings += remarks
 
 
 def is_chain(ordered: bool, settings: Mapping[str, Any], convention: Convention) -> bool:
