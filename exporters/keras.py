@@ -32,8 +32,7 @@ from neutral.conventions.keras_variables import (
     variables_by_count,
 )
 from neutral.errors import BadFile, Problem, Refused
-from neutral.exporters.keras_graph import capture
-from neutral.exporters.wiring import with_graph
+from neutral.exporters.keras_graph import wired
 from neutral.native import Computed, NativeLayer, NativeModel, NativeTensor
 
 _COLLECTIONS = ("optimizer", "optimizer_weights", "metrics", "compile_metrics", "loss")
@@ -60,7 +59,7 @@ def read(source: Path, *, key: str | None = None) -> NativeModel:
         notes=tuple(bound.notes),
         close=opened.close,
     )
-    return with_graph(model, opened.config, partial(capture, version=opened.metadata.get("keras_version")))
+    return wired(model, opened.config, opened.metadata.get("keras_version"))
 
 
 def read_live(model: Any) -> NativeModel:
@@ -88,7 +87,7 @@ def read_live(model: Any) -> NativeModel:
         layers.append(NativeLayer(slot.path, cls, tensors, slot.config, "class" if cls else "none"))
     metadata = {"config": config} if config is not None else {}
     read = NativeModel("keras", "live", tuple(layers), ordered=ordered, metadata=metadata, notes=tuple(notes))
-    return with_graph(read, config, capture)
+    return wired(read, config)
 
 
 def _live_config(model: Any) -> tuple[Config | None, bool]:

@@ -57,6 +57,8 @@ class Builder:
         self.splits: Splits = {}
         self.split_origins: dict[str, frozenset[str]] = {}
         self.undecided: set[str] = set()
+        self.unsettled: set[str] = set()
+        self.ranks: dict[str, int] = {}
         self._taken: set[str] = set()
         self._turned: dict[tuple[str, bool], str] = {}
 
@@ -175,6 +177,8 @@ class Builder:
         self.split_origins[path] = self.split_origins.get(path, frozenset()) | flow.origins
         if flow.opaque:
             self.undecided.add(path)
+        if flow.opaque and flow.joined:
+            self.unsettled.add(path)
 
     def vector_layer(self, path: str, flow: Flow) -> Flow:
         """A layer with one weight per element of a vector: its weights take the vector's order."""

@@ -34,7 +34,8 @@ class Flow:
     in (channel position) order where Keras has (position channel). `origins` are the Flatten and Dense calls that could
     give it another order; a `fixed` one has its order from elsewhere. `trail` names the layers whose own vectors share
     this order. `pending` is the rank-3 model input it is, while nobody said whether that one is spatial. An `opaque`
-    one comes from a layer that was not understood.
+    one comes from a layer that was not understood. `odd`: its channel axis may not be the last one. `joined`: it is a
+    vector of joined axes, which another framework may have in another order.
     """
 
     name: str
@@ -48,6 +49,8 @@ class Flow:
     source: str | None = None
     masked: bool = False
     opaque: bool = False
+    odd: bool = False
+    joined: bool = False
     dtype: str = "float32"
 
     @property

@@ -17,8 +17,11 @@ Constants are `Constant` nodes (attribute `value_float`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+from neutral.conventions.forms import INPUT_RANK
 from neutral.conventions.keras_config import is_keras2
 from neutral.conventions.keras_variables import CONTAINERS
 from neutral.errors import printable
@@ -26,6 +29,8 @@ from neutral.exporters.keras_builder import Builder, Decisions, Splits
 from neutral.exporters.keras_calls import is_foreign
 from neutral.exporters.keras_flow import Config, Flow, Malformed, Unclear
 from neutral.exporters.keras_models import ModelWalk
+from neutral.exporters.wiring import with_graph
+from neutral.native import NativeModel
 from neutral.schema.graph import Graph
 
 _MOST_PASSES = 100
@@ -43,12 +48,35 @@ def _pass(config: Config, version: object, decisions: Decisions) -> tuple[Builde
     return builder, kept
 
 
-def capture(config: Mapping[str, Any], version: object = None) -> tuple[Graph | None, Splits, list[str]]:
+@dataclass
+class Aside:
+    """What a capture finds beside the graph: the rank of the input of each layer that counts axes, and the layers whose
+    axis is joined of others in an order that the config does not tell."""
+
+    ranks: dict[str, int] = field(default_factory=dict)
+    unsettled: set[str] = field(default_factory=set)
+
+
+def wired(model: NativeModel, config: Config | None, version: object = None) -> NativeModel:
+    """The model with what its config says of its wiring; layers that count axes are told the rank of their input."""
+    aside = Aside()
+    found = with_graph(model, config, partial(capture, version=version, aside=aside))
+    ranks = aside.ranks
+    layers = (
+        replace(layer, config={**layer.config, INPUT_RANK: ranks[layer.path]}) if layer.path in ranks else layer
+        for layer in found.layers
+    )
+    return replace(found, layers=tuple(layers), unsettled=found.unsettled | aside.unsettled)
+
+
+def capture(
+    config: Mapping[str, Any], version: object = None, aside: Aside | None = None
+) -> tuple[Graph | None, Splits, list[str]]:
     """The graph of a parsed model config, the splits of its vector layers, and remarks for the user.
 
     `version` is the version of Keras that the config's file tells.
     The graph is None if a layer has no place in it; the remarks say which. `splits` names each dense layer, norm and
-    PReLU whose surroundings are understood even so.
+    PReLU whose surroundings are understood even so. `aside` takes what else was found.
     """
     decisions = Decisions()
     for _ in range(_MOST_PASSES):
@@ -66,6 +94,8 @@ def capture(config: Mapping[str, Any], version: object = None) -> tuple[Graph | 
             break
     else:
         return None, {}, ["model: its wiring contradicts itself; the archive has no graph"]
+    if aside is not None:
+        aside.ranks, aside.unsettled = builder.ranks, builder.unsettled
     splits = {path: axes for path, axes in builder.splits.items() if path not in builder.undecided}
     if builder.unclear or any(flow.opaque for flow in outputs):
         return None, splits, builder.notes

@@ -43,6 +43,7 @@ def _joined(flows: Sequence[Flow], shape: Shape) -> Flow:
         fixed=any(flow.fixed for flow in flows),
         masked=any(flow.masked for flow in flows),
         opaque=any(flow.opaque for flow in flows),
+        joined=any(flow.joined for flow in flows),
     )
 
 
@@ -72,7 +73,8 @@ def _opaque_join(b: Builder, flows: Sequence[Flow]) -> Flow:
     for flow in flows:
         b.taint(flow)
     shapes = {flow.shape for flow in flows}
-    return Flow("", shapes.pop() if len(shapes) == 1 else None, opaque=True)
+    odd, joined = any(flow.odd for flow in flows), any(flow.joined for flow in flows)
+    return Flow("", shapes.pop() if len(shapes) == 1 else None, opaque=True, odd=odd, joined=joined)
 
 
 def concatenate(b: Builder, call: Call) -> list[Flow]:

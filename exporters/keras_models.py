@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from neutral.conventions.keras_onnx import known_product
 from neutral.conventions.keras_variables import CONTAINERS
 from neutral.exporters.keras_builder import Builder
 from neutral.exporters.keras_calls import Call, dtype_of, is_foreign
@@ -24,6 +25,13 @@ from neutral.exporters.keras_nodes import (
 )
 
 _DEEPEST = 64
+
+_NORMS = {
+    "BatchNormalization", "SyncBatchNormalization", "LayerNormalization", "GroupNormalization", "RMSNormalization",
+    "Normalization", "UnitNormalization",
+}  # fmt: skip
+_COUNT_AXES = {*_NORMS, "MultiHeadAttention", "GroupQueryAttention", "GroupedQueryAttention"}
+"""Layers whose settings number the axes of their input."""
 
 
 class ModelWalk:
@@ -118,13 +126,18 @@ class ModelWalk:
                 if any(value not in (None, False) for value in call.arguments.values()):
                     raise Unclear("it is called with arguments")
                 return _numbered(ModelWalk(self.b, call.path, self.depth + 1).run(entry, list(call.inputs)))
+            self._note_rank(call)
             return _numbered(apply_layer(self.b, entry, call))
         except (Unclear, TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
             sense = f"its settings make no sense ({type(error).__name__})"
             self.b.problem(call.path, f"{call.cls}: {error if isinstance(error, Unclear) else sense}")
             for flow in (*call.inputs, *_flows(list(call.arguments.values()))):
                 self.b.taint(flow)
-            return lambda index: Flow(f"{call.path}?{index}", _as_shape(declared.get(index)), opaque=True)
+            return lambda index: _not_understood(call, f"{call.path}?{index}", _as_shape(declared.get(index)))
+
+    def _note_rank(self, call: Call) -> None:
+        if call.cls in _COUNT_AXES and call.inputs and call.inputs[0].shape is not None:
+            self.b.ranks[call.path] = call.inputs[0].rank
 
     def _call(self, entry: Config, inputs: list[Flow], **more: Any) -> Call:
         name, cls = _name(entry), str(entry.get("class_name"))
@@ -213,6 +226,21 @@ class ModelWalk:
                     ready.append(user)
         if done != len(waiting):
             raise Malformed("layers that use each other in a circle, or an output that nothing makes")
+
+
+def _not_understood(call: Call, name: str, shape: Shape | None) -> Flow:
+    """What a layer makes that is not understood: its axes may be in another order than in a channels-last model."""
+    ranks = [len(flow.shape) for flow in call.inputs if flow.shape is not None]
+    moved = call.cls in _NORMS or call.config.get("data_format") == "channels_first"
+    odd = moved or any(rank > 3 for rank in ranks) or any(flow.odd for flow in call.inputs)
+    joins = call.cls == "Flatten" or (shape is not None and len(shape) == 2 and _same_size(call.inputs, shape))
+    joined = (odd and joins) or any(flow.joined for flow in call.inputs)
+    return Flow(name, shape, opaque=True, odd=odd, joined=joined)
+
+
+def _same_size(flows: Sequence[Flow], shape: Shape) -> bool:
+    sizes = [known_product(flow.shape[1:]) for flow in flows if flow.shape is not None and len(flow.shape) > 2]
+    return shape[1] is not None and sizes == [shape[1]]
 
 
 def _name(entry: Config) -> str:

@@ -21,7 +21,9 @@ def flatten(b: Builder, call: Call) -> list[Flow]:
     if call.config.get("data_format") == "channels_first":
         raise Unclear("it has channels first")
     if flow.opaque or flow.shape is None:
-        return [replace(flow, shape=None if flow.shape is None else (flow.dims[0], known_product(flow.dims[1:])))]
+        joined = flow.joined or (flow.odd and (flow.shape is None or flow.rank > 2))
+        shape = None if flow.shape is None else (flow.dims[0], known_product(flow.dims[1:]))
+        return [replace(flow, shape=shape, joined=joined)]
     if flow.rank == 1:
         raise Unclear("its input has no axis but the batch")
     if flow.rank == 2:
@@ -34,7 +36,7 @@ def _to_vector(b: Builder, path: str, flow: Flow, op: str, attributes: dict[str,
     positions, channels = known_product(flow.dims[1:-1]), flow.dims[-1]
     size = None if positions is None or channels is None else positions * channels
     key = f"flatten:{path}"
-    result = vector(flow, size)
+    result = replace(vector(flow, size), joined=flow.joined or (flow.first and 1 not in (positions, channels)))
     if flow.first and 1 not in (positions, channels):
         if key in b.decisions.denied or channels is None:
             flow = b.as_is(flow)
@@ -63,7 +65,7 @@ def _target_shape(call: Call, flow: Flow) -> Shape:
 def reshape(b: Builder, call: Call) -> list[Flow]:
     flow = call.x
     if flow.opaque:
-        return [replace(flow, shape=None)]
+        return [replace(flow, shape=None, joined=flow.joined or flow.odd)]
     shape = _target_shape(call, flow)
     wanted = tuple(-1 if n is None else n for n in shape[1:])
     if len(shape) == 2 and flow.rank > 2:

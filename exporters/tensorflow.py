@@ -34,9 +34,8 @@ from neutral.containers.tensor_bundle_entries import DT_STRING
 from neutral.conventions.keras_config import Slot, slots
 from neutral.conventions.keras_variables import STATE as STATE_VARIABLES
 from neutral.errors import BadFile, Problem, Unsupported, WrongUsage, printable
-from neutral.exporters.keras_graph import capture
+from neutral.exporters.keras_graph import wired
 from neutral.exporters.tensorflow_names import STATE, Group, by_name, by_place, natural, sort_keys, unique
-from neutral.exporters.wiring import with_graph
 from neutral.native import NativeLayer, NativeModel, NativeTensor, from_array
 
 CHECKPOINT, SAVED_MODEL = "checkpoint", "savedmodel"
@@ -109,7 +108,7 @@ def _model(bundle: Bundle, folder: Path | None, key: str | None) -> NativeModel:
         notes=tuple(notes),
         close=bundle.close,
     )
-    return with_graph(model, metadata.get("config"), capture)
+    return wired(model, metadata.get("config"))
 
 
 def _single_string(bundle: Bundle, name: str) -> bytes:

@@ -41,10 +41,12 @@ def with_graph(model: NativeModel, described: Mapping[str, Any] | None, capture:
         # The description comes out of a file: settings may be missing, of any type, or contradict each other.
         note = printable(f"no graph: the model's description makes no sense ({type(error).__name__}: {error})", 200)
         return replace(model, notes=(*model.notes, note))
+    unsettled: frozenset[str] = frozenset()
     if graph is not None:
+        unsettled = frozenset(path for path in _behind_moved_images(graph) if not splits.get(path))
         unusual = set(_beside_transposed_flatten(graph))
         splits = {path: axes for path, axes in splits.items() if axes or path not in unusual}
-    return replace(model, graph=graph, splits=splits, notes=(*model.notes, *notes))
+    return replace(model, graph=graph, splits=splits, unsettled=unsettled, notes=(*model.notes, *notes))
 
 
 def _contradictions(model: NativeModel) -> Iterator[str]:
@@ -63,16 +65,39 @@ def _beside_transposed_flatten(graph: Graph) -> Iterator[str]:
 
     The same model written for another framework has them in its own order, so nothing can be said of their axes.
     """
-    makers = {value: node for node in graph.nodes for value in node.outputs}
-    readers: dict[str, list[Node]] = {}
-    for node in graph.nodes:
-        for value in node.inputs:
-            readers.setdefault(value, []).append(node)
+    makers, readers = _makers(graph), _readers(graph)
     for node in graph.nodes:
         if node.op in ("Flatten", "Reshape") and _moves(makers.get(node.inputs[0])):
             yield from _onward(node.outputs[0], readers)
         if _moves(node) and (before := makers.get(node.inputs[0])) is not None and before.op == "Reshape":
             yield from _backward(before.inputs[0], makers)
+
+
+def _makers(graph: Graph) -> dict[str, Node]:
+    return {value: node for node in graph.nodes for value in node.outputs}
+
+
+def _readers(graph: Graph) -> dict[str, list[Node]]:
+    readers: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        for value in node.inputs:
+            readers.setdefault(value, []).append(node)
+    return readers
+
+
+def _behind_moved_images(graph: Graph) -> Iterator[str]:
+    """The layers that take a vector of the elements of an image, in an order that only a Transpose gives."""
+    makers = _makers(graph)
+    readers = _readers(graph)
+    inputs = {node.layer: node.inputs[0] for node in graph.nodes if node.layer is not None and node.inputs}
+    images = {name for name, value in graph.values.items() if "channel" in value.axes}
+    for node in graph.nodes:
+        if node.op not in ("Flatten", "Reshape"):
+            continue
+        before = makers.get(node.inputs[0])
+        if before is not None and _moves(before) and images & {*before.inputs, *before.outputs}:
+            behind = _onward(node.outputs[0], readers)
+            yield from (layer for layer in behind if len(graph.values[inputs[layer]].axes) == 2)
 
 
 def _moves(node: Node | None) -> bool:

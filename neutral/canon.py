@@ -23,7 +23,18 @@ from typing import Any
 
 from neutral import rules
 from neutral.canonical import CROSSING, SPATIAL, CanonicalLayer, CanonicalTensor
-from neutral.conventions.forms import Convention, Form, Name, Part, Row, brace_axes, expand, role_expression
+from neutral.conventions.forms import (
+    INPUT_RANK,
+    Convention,
+    Form,
+    Name,
+    Part,
+    Row,
+    brace_axes,
+    expand,
+    from_last,
+    role_expression,
+)
 from neutral.crossing import WITH_SPACE, Crossing, Seen, Told, flattened
 from neutral.errors import BadLayout, Problem, Refused, an, named, raise_all
 from neutral.layout import Layout, layout
@@ -313,7 +324,7 @@ def read_layers(
             for name in unmatched
         ),
     )
-    crossing = Crossing.of([_seen(item) for item in known], convention.flatten)
+    crossing = Crossing.of([_seen(item) for item in known], convention.flatten, model.unsettled)
     told = Told(model.splits, flatten, certain, model.graph is not None)
     layers: list[tuple[Known, list[CanonicalLayer]]] = []
     for item in known:
@@ -354,6 +365,7 @@ def _canonical(
                 kind="unknown",
                 tensors=tensors,
                 native=layer.cls,
+                attributes=_unknown_axis(layer),
                 native_path=layer.path,
                 candidates=known.candidates,
                 channels=dict(given or {}),
@@ -387,6 +399,12 @@ def _canonical(
         )
         state = {}
     return layers
+
+
+def _unknown_axis(layer: NativeLayer) -> dict[str, Any]:
+    """The axis that a class without a kind counts, where it is certain which one that is."""
+    axis = from_last(layer.config.get("axis"), layer.config[INPUT_RANK]) if INPUT_RANK in layer.config else None
+    return {} if axis is None else {"axis": axis}
 
 
 def _part_tensors(

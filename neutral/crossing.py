@@ -67,14 +67,16 @@ class Seen:
 @dataclass(frozen=True)
 class Crossing:
     """What a model without a graph tells of its Flattens: `channels` of its convolutions, which a Flatten could join;
-    `joined`, the sizes of its dense layers; and per layer path, kind and size made of the layer `before` it (no norm)."""
+    `joined`, the sizes of its dense layers; per layer path, kind and size made of the layer `before` it (no norm); and
+    `unsettled`, the layers that stand behind one for certain."""
 
     channels: frozenset[int]
     joined: frozenset[int]
     before: Mapping[str, tuple[str, str, int]]
+    unsettled: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, layers: Sequence[Seen], flatten: str) -> Crossing:
+    def of(cls, layers: Sequence[Seen], flatten: str, unsettled: frozenset[str] = frozenset()) -> Crossing:
         """From layers in the order of the file; `flatten` is the order in which their framework flattens."""
         channels: set[int] = set()
         joined: set[int] = set()
@@ -101,7 +103,7 @@ class Crossing:
                 size = depth or next((sizes[n] for n in ("channel", "out", "feature", "unit") if n in sizes), 0)
                 if kind not in _NORMS:
                     last = (layer.path, kind, size)
-        return cls(frozenset(channels), frozenset(joined), before)
+        return cls(frozenset(channels), frozenset(joined), before, unsettled)
 
     def may(self, path: str, kind: str, size: int) -> bool:
         """True if an axis of this size may join channels and positions, of one feature map or of several.
@@ -127,7 +129,7 @@ class Crossing:
             return False
         if hints and self.follows(path, size):
             return kind != "dense" and "out" in hints.get(self.before[path][0], {})
-        return self.may(path, kind, size)
+        return (axis != "out" and path in self.unsettled) or self.may(path, kind, size)
 
     def doubts(self, path: str, candidates: Sequence[str], sizes: Iterable[int], told: Told) -> tuple[str, ...]:
         """The axes of a layer of unknown kind that may cross a Flatten, whichever of its candidates it is."""

@@ -18,9 +18,10 @@ from neutral.doubts import as_known, flatten_remark, reconciled, source_told, un
 from neutral.errors import NeutralError, Problem, Refused, named, raise_all
 from neutral.frameworks import FRAMEWORKS, Framework
 from neutral.journey import Journey
-from neutral.match import Side, differing_settings, idle_patterns, pair_layers
+from neutral.match import Pairing, Side, differing_settings, idle_patterns, pair_layers
 from neutral.native import NativeLayer, NativeModel
 from neutral.origin import origin_of, stored_form
+from neutral.surroundings import Wiring, differing_surroundings
 
 
 def fill_template(
@@ -56,7 +57,30 @@ def fill_template(
     told = ("config" in contents.source.settings, template.metadata.get("config") is not None)
     for item, layers in known:
         _fill_layer(contents, item, layers, partner, convention, origin, alike, told, template.splits, cast, journey)
+    _compare_surroundings(contents, template, pairing, origin, convention, journey)
     raise_all(Refused, journey.problems)
+
+
+def _compare_surroundings(
+    contents: Contents,
+    template: NativeModel,
+    pairing: Pairing,
+    origin: Convention,
+    convention: Convention,
+    journey: Journey,
+) -> None:
+    """Where both models say how they are wired, what is around paired layers must be the same."""
+    if contents.graph is None or template.graph is None:
+        return
+    problems, remarks = differing_surroundings(
+        Wiring(contents.graph, origin.flatten == "position channel"),
+        Wiring(template.graph, convention.flatten == "position channel"),
+        {pair.source: pair.target for pair in pairing.pairs},
+        same_family(origin, convention),
+    )
+    told = {problem.where for problem in journey.problems}
+    journey.problems += [problem for problem in problems if problem.where not in told]
+    journey.warnings += remarks
 
 
 def is_chain(ordered: bool, settings: Mapping[str, Any], convention: Convention) -> bool:
@@ -109,6 +133,7 @@ def _fill_layer(
         return
     binding = item.binding
     if binding is None and mine[0].kind == "unknown":
+        journey.problems += differing_settings(mine[0], wanted[0], alike)[0]
         _fill_unknown(native, mine[0], origin, alike, journey)
         return
     try:

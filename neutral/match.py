@@ -373,12 +373,16 @@ _BEHAVIOUR = (
     "heads",
     "kv_heads",
     "equation",
+    "axis",
+    "attention_axes",
     "go_backwards",
     "merge_mode",
     "output_padding",
 )
-_REMARK = ("padding", "padding_mode", "decay", "padding_idx")
+_AXES = ("axis", "attention_axes")
+_REMARK = ("padding", "padding_mode", "decay", "padding_idx", "mask_zero")
 _WIRED_ELSEWHERE: Mapping[str, Any] = {"go_backwards": False, "merge_mode": "concat"}
+_LAST_AXES = ("layer_norm", "rms_norm")
 _WIRED_OUTSIDE = ("dense", "conv", "depthwise", "conv_transpose", "einsum_dense")
 
 
@@ -393,13 +397,16 @@ def differing_settings(
     problems, remarks = [], []
     where = source.path if source.path == target.path else f"{source.path} -> {target.path}"
     for name in _BEHAVIOUR:
-        a, b = source.attributes.get(name), target.attributes.get(name)
+        a, b = _setting(source, name, wired_alike), _setting(target, name, wired_alike)
         outside = (name == "activation" and source.kind in _WIRED_OUTSIDE) or name in (
             "go_backwards",
             "merge_mode",
             "output_padding",
         )
         if a is None or b is None or _equal(a, b) or (outside and not wired_alike):
+            continue
+        if name in _AXES and not _same_count(a, b):
+            remarks.append(f"{where}: {name} is {a} in the source and {b} in the template")
             continue
         problems.append(_differing(where, name, a, b))
     for name in _REMARK:
@@ -413,6 +420,10 @@ def differing_settings(
                 remarks.append(
                     f"{where}: {name} is {mine} in the {whose}; the other model must be wired to do the same"
                 )
+    for layer, other, whose in ((source, target, "source"), (target, source, "template")):
+        axis = layer.attributes.get("axis")
+        if layer.kind in _LAST_AXES and axis is not None and "axis" not in other.attributes and not _trailing(axis):
+            remarks.append(f"{where}: axis is {axis} in the {whose}; the other model must be wired to do the same")
     return problems, remarks
 
 
@@ -421,6 +432,43 @@ def _differing(where: str, name: str, a: Any, b: Any) -> Problem:
         found, expected = (f"{each} ({HARD_SIGMOIDS[each]})" for each in (a, b))
         return Problem(where, f"{name} {found}", f"the template's {expected}", "use a template of the source's Keras")
     return Problem(where, f"{name} {a}", f"the template's {b}", f"build the template with {name}={a}")
+
+
+def _trailing(axes: Any) -> bool:
+    """True for the last axes, and for those of which nobody knows whether they are."""
+    listed = tuple(axes) if isinstance(axes, list | tuple) else (axes,)
+    return any(axis >= 0 for axis in listed) or listed == tuple(range(-len(listed), 0))
+
+
+def _setting(layer: CanonicalLayer, name: str, wired_alike: bool) -> Any:
+    """A setting as it is compared: said in one way, and where the kind itself says it, too."""
+    value = layer.attributes.get(name)
+    match name:
+        case "groups" if layer.kind in ("instance_norm", "group_norm"):
+            channels = next((tensor.data.shape[0] for tensor in layer.weights.values()), None)
+            return channels if layer.kind == "instance_norm" or value == -1 else value
+        case "equation" if value is not None:
+            return _renamed(value)
+        case "equation" if layer.kind == "dense" and layer.evidence == "class" and wired_alike:
+            return "that of a dense layer"
+    return value
+
+
+def _renamed(equation: str) -> str:
+    """An equation with its letters in alphabetical order.
+
+    >>> _renamed("xyz,yw->xwz")
+    'abc,bd->adc'
+    """
+    letters = dict.fromkeys(c for c in equation if c.isalpha())
+    names = dict(zip(letters, (chr(ord("a") + i) for i in range(len(letters))), strict=True))
+    return "".join(names.get(c, c) for c in equation)
+
+
+def _same_count(a: Any, b: Any) -> bool:
+    """True if axes are counted from one end in both, so that other numbers are other axes."""
+    ends = {axis < 0 for value in (a, b) for axis in (value if isinstance(value, list | tuple) else (value,))}
+    return len(ends) == 1
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -231,7 +231,8 @@ def _hinted(
     framework = origin_of(contents)
     native = native_again(contents, framework)
     splits = {layer.path: dict(layer.channels) for layer in contents.layers if not layer.undecided}
-    native = replace(native, splits=splits)
+    unsettled = frozenset(layer.path for layer in contents.layers if layer.undecided)
+    native = replace(native, splits=splits, unsettled=unsettled)
     layers = tuple(
         layer
         for _, found in read_layers(

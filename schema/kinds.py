@@ -25,6 +25,8 @@ Pairs = tuple[tuple[int, int], ...]
 Padding = Pairs | Literal["same", "same_lower", "causal"]
 """Explicit (before, after) per spatial axis; `same` where they depend on the input's size (the rule of TensorFlow)."""
 Ints = tuple[int, ...]
+Axes = int | Ints
+"""One axis or several, counted from the last one (-1) where the source says how many its input has."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 LABELS: dict[str, tuple[str, ...]] = {
@@ -143,6 +145,7 @@ class Embedding(Layer):
 
     kind: Literal["embedding"] = "embedding"
     padding_idx: int | None = None
+    mask_zero: bool | None = None
     parameters_of = {"embedding": Role(("token", "feature"), required=True)}
 
 
@@ -152,7 +155,7 @@ class BatchNorm(Layer):
     kind: Literal["batch_norm"] = "batch_norm"
     eps: float | None = None
     decay: float | None = None
-    axis: int | None = None
+    axis: Axes | None = None
     parameters_of = {
         "scale": Role(("feature",)),
         "bias": Role(("feature",)),
@@ -166,6 +169,7 @@ class LayerNorm(Layer):
 
     kind: Literal["layer_norm"] = "layer_norm"
     eps: float | None = None
+    axis: Axes | None = None
     normalized_axes: int | None = None
     parameters_of = {"scale": Role(("...",)), "bias": Role(("...",))}
 
@@ -173,6 +177,7 @@ class LayerNorm(Layer):
 class GroupNorm(Layer):
     kind: Literal["group_norm"] = "group_norm"
     eps: float | None = None
+    axis: Axes | None = None
     groups: int | None = None
     parameters_of = {"scale": Role(("feature",)), "bias": Role(("feature",))}
 
@@ -180,6 +185,7 @@ class GroupNorm(Layer):
 class InstanceNorm(Layer):
     kind: Literal["instance_norm"] = "instance_norm"
     eps: float | None = None
+    axis: Axes | None = None
     decay: float | None = None
     parameters_of = {
         "scale": Role(("feature",)),
@@ -192,6 +198,7 @@ class InstanceNorm(Layer):
 class RMSNorm(Layer):
     kind: Literal["rms_norm"] = "rms_norm"
     eps: float | None = None
+    axis: Axes | None = None
     parameters_of = {"scale": Role(("...",), required=True)}
 
 
@@ -252,6 +259,7 @@ class Attention(Layer):
     kind: Literal["attention"] = "attention"
     heads: int | None = None
     kv_heads: int | None = None
+    attention_axes: Axes | None = None
     parameters_of = {
         "query_kernel": Role(("query", "in"), required=True),
         "query_bias": Role(("query",)),
@@ -284,6 +292,7 @@ class Unknown(Layer):
     """Tensors whose layer is not known: kept in the source's own names and axes. `candidates` could be it."""
 
     kind: Literal["unknown"] = "unknown"
+    axis: Axes | None = None
     candidates: tuple[str, ...] = ()
 
 

@@ -33,6 +33,23 @@ LETTERS: dict[str, str] = {
 }  # fmt: skip
 """The letter that stands for a labelled block in a layout expression."""
 
+INPUT_RANK = "input_rank"
+"""A setting that readers add to layers which count axes: how many axes the layer's input has."""
+
+
+def from_last(axes: Any, rank: Any) -> int | tuple[int, ...] | None:
+    """Axes of a config, counted from the last one where the rank is known; None where they are not given.
+
+    >>> from_last(-1, None), from_last([3], 4), from_last([1, 2], 4), from_last(1, None)
+    (-1, -1, (-3, -2), 1)
+    """
+    listed = list(axes) if isinstance(axes, list | tuple) else [axes]
+    if not listed or any(type(axis) is not int for axis in listed):
+        return None
+    found = tuple(axis - rank if axis >= 0 and type(rank) is int else axis for axis in listed)
+    return found[0] if len(found) == 1 else found
+
+
 _BRACE = re.compile(r"\{(\w+)(?::([^}]*))?\}")
 
 

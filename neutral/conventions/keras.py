@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from neutral.conventions.forms import Config, Convention, Form, Part, Row, Shapes, Sizes, layer
+from neutral.conventions.forms import INPUT_RANK, Config, Convention, Form, Part, Row, Shapes, Sizes, from_last, layer
 from neutral.conventions.keras_variables import snake_case
 
 _BIDIRECTIONAL = "{direction:forward_layer/|backward_layer/}"
@@ -146,27 +146,25 @@ def _conv_transpose(config: Config, sizes: Sizes) -> dict[str, Any]:
 
 
 def _batch_norm(config: Config, sizes: Sizes) -> dict[str, Any]:
-    axis = config.get("axis")
-    axis = axis[0] if isinstance(axis, list) and axis else axis
-    return {
-        "eps": config.get("epsilon"),
-        "decay": config.get("momentum"),
-        "axis": axis if isinstance(axis, int) else None,
-    }
+    return {**_norm(config, sizes), "decay": config.get("momentum")}
 
 
 def _layer_norm(config: Config, sizes: Sizes) -> dict[str, Any]:
     axis = config.get("axis")
     count = None if axis is None else (len(axis) if isinstance(axis, Sequence) else 1)
-    return {"eps": config.get("epsilon"), "normalized_axes": count}
+    return {**_norm(config, sizes), "normalized_axes": count}
 
 
 def _group_norm(config: Config, sizes: Sizes) -> dict[str, Any]:
-    return {"eps": config.get("epsilon"), "groups": config.get("groups")}
+    return {**_norm(config, sizes), "groups": config.get("groups")}
 
 
-def _eps(config: Config, sizes: Sizes) -> dict[str, Any]:
-    return {"eps": config.get("epsilon")}
+def _norm(config: Config, sizes: Sizes) -> dict[str, Any]:
+    return {"eps": config.get("epsilon"), "axis": from_last(config.get("axis"), config.get(INPUT_RANK))}
+
+
+def _embedding(config: Config, sizes: Sizes) -> dict[str, Any]:
+    return {"mask_zero": bool(config["mask_zero"])} if "mask_zero" in config else {}
 
 
 def _recurrent_attributes(config: Config, sizes: Sizes, gated: bool) -> dict[str, Any]:
@@ -235,7 +233,10 @@ def _recurrent(cls: str, kind: str, gates: str) -> tuple[Form, ...]:
 
 
 def _attention(config: Config, sizes: Sizes) -> dict[str, Any]:
-    return {"heads": sizes["head"], "kv_heads": sizes["kv_head"]}
+    axes, rank = config.get("attention_axes"), config.get(INPUT_RANK)
+    if axes is None and rank is not None:
+        axes = tuple(range(1, rank - 1))  # all but the batch and the features
+    return {"heads": sizes["head"], "kv_heads": sizes["kv_head"], "attention_axes": from_last(axes, rank)}
 
 
 _ATTENTION = (
@@ -393,14 +394,14 @@ FORMS = (
             ),
         ),
     ),
-    Form(("Embedding",), (layer("embedding", Row("embedding", "embeddings", "token feature")),)),
+    Form(("Embedding",), (layer("embedding", Row("embedding", "embeddings", "token feature"), attributes=_embedding),)),
     Form(
         ("BatchNormalization", "SyncBatchNormalization"),
         (layer("batch_norm", *_NORM, *_STATISTICS, attributes=_batch_norm),),
     ),
     *_layer_norms(),
     Form(("GroupNormalization",), (layer("group_norm", *_NORM, attributes=_group_norm),)),
-    Form(("RMSNormalization",), (layer("rms_norm", Row("scale", "scale", "..."), attributes=_eps),)),
+    Form(("RMSNormalization",), (layer("rms_norm", Row("scale", "scale", "..."), attributes=_norm),)),
     *_slopes(),
     *_recurrent("SimpleRNN", "simple_rnn", ""),
     *_recurrent("LSTM", "lstm", "ifgo"),
