@@ -32,6 +32,7 @@ def build_model(
     convention = framework.convention()
     origin = origin_of(contents).convention()
     manifest = _manifest_of(contents)
+    journey.problems += _wiring_problem(contents, target, same_family(origin, convention))
     if same_family(origin, convention) and not _rebuilt(contents, target) and not _classes_missing(contents, framework):
         native = native_again(contents, framework)
     elif framework.name == "numpy":
@@ -39,19 +40,6 @@ def build_model(
     else:
         native = _foreign_model(contents, framework, convention, origin, manifest, target, journey)
     raise_all(Refused, journey.problems)
-    whole = target.name.endswith(_WHOLE) and not target.name.endswith(".weights.h5")
-    if whole and contents.graph is None and not same_family(origin, convention):
-        why = next(
-            (note for note in contents.notes if "no graph" in note), "the source does not say how its layers are wired"
-        )
-        raise Refused(
-            Problem(
-                str(target),
-                f"an archive without a graph ({why})",
-                "one, to write a whole model",
-                "write weights, or use --into TEMPLATE",
-            )
-        )
     if (
         framework.name in ("keras", "tensorflow")
         and native.graph is None
@@ -62,17 +50,38 @@ def build_model(
     return native, manifest
 
 
+def _wiring_problem(contents: Contents, target: Path, family: bool) -> list[Problem]:
+    """A whole model needs a graph, or the config that the source's own framework gave it."""
+    kept = family and target.suffix != ".pt2" and "config" in contents.source.settings
+    if contents.graph is not None or kept or not _is_whole(target):
+        return []
+    why = next(
+        (note for note in contents.notes if "no graph" in note), "the source does not say how its layers are wired"
+    )
+    return [
+        Problem(
+            str(target),
+            f"an archive without a graph ({why})",
+            "one, to write a whole model",
+            "write weights, or use --into TEMPLATE",
+        )
+    ]
+
+
 _WHOLE = (".pt2", ".keras", ".h5", ".hdf5", ".savedmodel")
 """Suffixes of files that hold a model and not only its weights."""
+
+
+def _is_whole(target: Path) -> bool:
+    return target.name.endswith(_WHOLE) and not target.name.endswith(".weights.h5")
 
 
 def _rebuilt(contents: Contents, target: Path) -> bool:
     """True if a file is built from the graph although source and target store layers alike."""
     if target.name.endswith(".pt2"):
         return True
-    whole = target.name.endswith(_WHOLE) and not target.name.endswith(".weights.h5")
     again = target.name.endswith((".h5", ".hdf5")) and contents.source.format == "h5"
-    return whole and not again and not keras3_config(contents) and contents.graph is not None
+    return _is_whole(target) and not again and not keras3_config(contents) and contents.graph is not None
 
 
 def _classes_missing(contents: Contents, framework: Framework) -> bool:
@@ -134,7 +143,7 @@ def _foreign_model(
 
     A model that is built whole from its graph needs no decision on a Flatten: the graph says what becomes of it.
     """
-    whole = contents.graph is not None and target.name.endswith(_WHOLE) and not target.name.endswith(".weights.h5")
+    whole = contents.graph is not None and _is_whole(target)
 
     assert framework.target is not None
     for layer in contents.layers:

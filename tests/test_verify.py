@@ -326,6 +326,24 @@ def test_a_class_of_somebodys_own_never_runs(tmp_path: Path, files: dict[str, Pa
     assert not Custom.marker.exists()
 
 
+def doubled(module: nn.Module, given: Any, made: torch.Tensor) -> torch.Tensor:
+    return made * 2
+
+
+def test_an_altered_module_is_not_run_as_if_it_were_none(tmp_path: Path, files: dict[str, Path]) -> None:
+    model = small()
+    model[0].register_forward_hook(doubled)
+    torch.save(model, tmp_path / "hook.pt")
+    with pytest.raises(Refused, match=r"test_verify.doubled, expected classes of torch.nn's own"):
+        verify(tmp_path / "hook.pt", files["pt"])
+    for suffix in ("keras", "pt2", "savedmodel"):
+        with pytest.raises(Refused, match=r"without a graph \(0: no graph, because it has a forward hook\)"):
+            neutral.convert(tmp_path / "hook.pt", tmp_path / f"hook.{suffix}")
+    neutral.convert(tmp_path / "hook.pt", tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt")
+    assert torch.equal(state["0.weight"], model[0].weight)
+
+
 class Call:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
