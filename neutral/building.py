@@ -32,7 +32,9 @@ def build_model(
     convention = framework.convention()
     origin = origin_of(contents).convention()
     manifest = _manifest_of(contents)
-    journey.problems += _wiring_problem(contents, target, same_family(origin, convention))
+    if _is_whole(target):
+        journey.problems += _wiring_problem(contents, target, same_family(origin, convention))
+        journey.problems += _empty_layers(contents, target)
     if same_family(origin, convention) and not _rebuilt(contents, target) and not _classes_missing(contents, framework):
         native = native_again(contents, framework)
     elif framework.name == "numpy":
@@ -53,7 +55,7 @@ def build_model(
 def _wiring_problem(contents: Contents, target: Path, family: bool) -> list[Problem]:
     """A whole model needs a graph, or the config that the source's own framework gave it."""
     kept = family and target.suffix != ".pt2" and "config" in contents.source.settings
-    if contents.graph is not None or kept or not _is_whole(target):
+    if contents.graph is not None or kept:
         return []
     why = next(
         (note for note in contents.notes if "no graph" in note), "the source does not say how its layers are wired"
@@ -65,6 +67,21 @@ def _wiring_problem(contents: Contents, target: Path, family: bool) -> list[Prob
             "one, to write a whole model",
             "write weights, or use --into TEMPLATE",
         )
+    ]
+
+
+def _empty_layers(contents: Contents, target: Path) -> list[Problem]:
+    """Layers of no units, which models of Keras and programs of torch cannot have."""
+    return [
+        Problem(
+            layer.path,
+            f"a {role} of shape {tensor.data.shape}",
+            f"sizes above 0, to write {target.suffix}",
+            "write weights alone",
+        )
+        for layer in contents.layers
+        for role, tensor in list(layer.weights.items())[:1]
+        if 0 in tensor.data.shape
     ]
 
 

@@ -215,6 +215,15 @@ def test_a_size_that_is_given(tmp_path: Path) -> None:
         verify(tmp_path / "a.pt", tmp_path / "a.keras", input_shape=(5, 2, 9, 6))
 
 
+def test_a_program_of_open_sizes_is_run_on_the_input_it_was_made_with(tmp_path: Path) -> None:
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(96, 2)), tmp_path / "a.pt")
+    neutral.convert(tmp_path / "a.pt", tmp_path / "a.pt2")
+    for other in ("a.pt", "a.pt2"):
+        outcome = verify(tmp_path / "a.pt2", tmp_path / other)
+        assert outcome.same and outcome.lines[2].endswith("normal float32 (2, 3, 6, 8)")
+        assert verify(tmp_path / "a.pt2", tmp_path / other, input_shape=(3, 3, 4, 14)).same
+
+
 def test_a_module_without_a_graph_needs_the_shape(tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.save(nn.LSTM(4, 3, batch_first=True), tmp_path / "lstm.pt")
@@ -460,5 +469,7 @@ def test_the_command(files: dict[str, Path], tmp_path: Path, capsys: pytest.Capt
     torch.save(changed, tmp_path / "changed.pt")
     assert main(["verify", str(tmp_path / "changed.pt"), str(files["keras"])]) == 1
     assert "different: the largest difference is" in capsys.readouterr().out
+    assert main(["verify", str(files["pt"]), str(files["keras"]), "--seed", "-1"]) == 2
+    assert capsys.readouterr().err == "neutral: error: verify: found the seed -1, expected 0 or more, choose another\n"
     assert main(["verify", str(files["state"]), str(files["keras"])]) == 1
     assert capsys.readouterr().err.count("\n") == 1
