@@ -85,9 +85,27 @@ def read_live(model: Any) -> NativeModel:
             data = Computed(tuple(variable.shape), _dtype(variable.dtype), partial(ops.convert_to_numpy, variable))
             tensors[local] = NativeTensor(name, data, id(variable), state)
         layers.append(NativeLayer(slot.path, cls, tensors, slot.config, "class" if cls else "none"))
+    altered = _live_alteration(model)
+    if altered:
+        # The config does not tell of it, so that a model made of the config would be another one.
+        notes.append(altered)
+        config = None
     metadata = {"config": config} if config is not None else {}
     read = NativeModel("keras", "live", tuple(layers), ordered=ordered, metadata=metadata, notes=tuple(notes))
     return wired(read, config)
+
+
+_COMPUTING = ("call", "convolution_op", "inner_loop")
+"""Methods that a layer looks up on itself while it computes."""
+
+
+def _live_alteration(model: Any) -> str:
+    """Why a model computes something else than its classes do, or ""."""
+    for layer in model._flatten_layers():
+        for name in _COMPUTING:
+            if name in vars(layer):
+                return f"{layer.name}: no graph, because its {name} was replaced"
+    return ""
 
 
 def _live_config(model: Any) -> tuple[Config | None, bool]:

@@ -33,6 +33,7 @@ from neutral.containers.torch_tree import (
 )
 from neutral.errors import BadFile, Problem, Refused, printable, raise_all
 from neutral.exporters.state_dict import ModuleClass, common_prefix, is_text, layers_from_state_dict
+from neutral.exporters.torch_description import alteration
 from neutral.exporters.torch_graph import capture
 from neutral.exporters.wiring import with_graph
 from neutral.native import Array, Computed, NativeModel, NativeTensor, Tensor, from_array
@@ -205,15 +206,23 @@ def described(walked: Walked) -> tuple[dict[str, Any], dict[str, ModuleClass]]:
     """(the tree of modules as plain data, class and settings by path)."""
     trees: dict[str, dict[str, Any]] = {}
     classes: dict[str, ModuleClass] = {}
-    known: dict[int, ModuleClass] = {}
+    known: dict[int, tuple[ModuleClass, str]] = {}
     for module in reversed(walked.modules):
         node = module.node
         if id(node) not in known:
-            known[id(node)] = ModuleClass(class_name(node.cls), plain_config(items_of(node.state) or {}))
-        here = classes[module.path] = known[id(node)]
+            state = items_of(node.state) or {}
+            altered = alteration(state, items_of, lambda hook: hook.cls if type(hook) is Node else "")
+            known[id(node)] = ModuleClass(class_name(node.cls), plain_config(state)), altered
+        classes[module.path], altered = known[id(node)]
         children = [[child.name, trees[child.path]] for child in module.children]
-        trees[module.path] = {"cls": here.cls, "path": module.path, "config": here.config, "children": children}
+        trees[module.path] = _description(classes[module.path], module.path, children, altered)
     return trees[""], classes
+
+
+def _description(known: ModuleClass, path: str, children: list[list[Any]], altered: str) -> dict[str, Any]:
+    """One module of the tree as plain data."""
+    told = {"cls": known.cls, "path": path, "config": known.config, "children": children}
+    return {**told, "altered": altered} if altered else told
 
 
 def class_name(qualified: str) -> str:
@@ -254,10 +263,12 @@ def _plain(value: object, depth: int) -> tuple[bool, Any]:
 
 
 def _unwrapped(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """The tree below the wrappers whose prefixes were left out of the paths."""
+    """The tree below the wrappers whose prefixes were left out of the paths. A wrapper's hooks are the whole model's."""
+    altered: dict[str, Any] = {}
     for name in prefix.split(".")[:-1]:
+        altered |= {key: tree[key] for key in tree if key == "altered"}
         tree = dict(tree["children"])[name]
-    return _relocated(tree, len(prefix)) if prefix else tree
+    return altered | _relocated(tree, len(prefix)) if prefix else tree
 
 
 def _relocated(tree: dict[str, Any], cut: int) -> dict[str, Any]:
@@ -268,7 +279,7 @@ def _relocated(tree: dict[str, Any], cut: int) -> dict[str, Any]:
 
 def _is_chain(tree: Mapping[str, Any]) -> bool:
     """True if the modules are computed in their order: Sequentials of leaves of torch's own."""
-    if tree["cls"] == "Sequential":
+    if tree["cls"] == "Sequential" and "altered" not in tree:
         return all(
             (child["cls"] == "Sequential" and _is_chain(child)) or not child["children"]
             for _, child in tree["children"]
@@ -354,7 +365,14 @@ def _live_tree(module: torch.nn.Module, path: str, classes: dict[str, ModuleClas
         for name, child in module._modules.items()
         if child is not None and name != "parametrizations"
     ]
-    return {"cls": known.cls, "path": path, "config": config, "children": children}
+    attributes = dict(vars(module))
+    if _qualified(module) == "torch._dynamo.eval_frame.OptimizedModule":
+        del attributes["forward"]  # torch.compile's own, which computes the same
+    return _description(known, path, children, alteration(attributes, dict, _qualified))
+
+
+def _qualified(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def live_tensor(name: str, value: torch.Tensor) -> Tensor:

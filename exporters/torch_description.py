@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,16 @@ _PARAMETRIZED = "torch.nn.utils.parametrize.Parametrized"
 
 @dataclass(frozen=True)
 class Module:
-    """One module: its path in the model, the name of its class, its settings, and the modules in it."""
+    """One module: its path in the model, the name of its class, its settings, and the modules in it.
+
+    `altered` says what makes it compute something else than its class does; then `cls` is "", for no rule fits it.
+    """
 
     path: str
     cls: str
     config: Config
     children: tuple[Module, ...]
+    altered: str = ""
 
 
 def module_of(described: Mapping[str, Any], path: str = "") -> Module:
@@ -30,8 +34,36 @@ def module_of(described: Mapping[str, Any], path: str = "") -> Module:
     children = tuple(
         module_of(child, f"{path}.{name}" if path else str(name)) for name, child in described.get("children") or ()
     )
-    cls = str(described.get("cls") or "").removeprefix(_PARAMETRIZED)
-    return Module(path, cls, described.get("config") or {}, children)
+    altered = str(described.get("altered") or "")
+    cls = "" if altered else str(described.get("cls") or "").removeprefix(_PARAMETRIZED)
+    return Module(path, cls, described.get("config") or {}, children, altered)
+
+
+_COMPUTING = ("forward", "_call_impl", "_conv_forward", "_apply_instance_norm", "_output_padding")
+"""Methods that a module looks up on itself while it computes; others (`train`, `extra_repr`) may be replaced."""
+_HOOKS = {"_forward_pre_hooks": "a forward pre-hook", "_forward_hooks": "a forward hook"}
+_KNOWN_HOOKS = ("torch.nn.utils.weight_norm.WeightNorm", "torch.nn.utils.spectral_norm.SpectralNorm")
+"""Pre-hooks that only make a weight of the parameters that the layer's kind knows."""
+
+
+def alteration(
+    attributes: Mapping[Any, Any], items: Callable[[Any], Mapping[Any, Any] | None], cls: Callable[[Any], str]
+) -> str:
+    """What makes a module of these instance attributes compute something else than its class does, or "".
+
+    `items` gives the members of a mapping among them, `cls` the qualified name of a hook's class.
+
+    >>> alteration({"forward": print}, dict, repr), alteration({"_forward_hooks": {0: print}}, dict, repr)
+    ('its forward was replaced', 'it has a forward hook')
+    """
+    for name in _COMPUTING:
+        if name in attributes:
+            return f"its {name} was replaced"
+    for name, what in _HOOKS.items():
+        known = _KNOWN_HOOKS if name == "_forward_pre_hooks" else ()
+        if any(cls(hook) not in known for hook in (items(attributes.get(name) or {}) or {}).values()):
+            return f"it has {what}"
+    return ""
 
 
 def chain_of(module: Module) -> Iterator[Module]:

@@ -30,11 +30,8 @@ def capture(modules: Mapping[str, Any]) -> Captured:
     """The graph (None if it cannot be told), the splits of the layers whose surroundings are certain, and notes."""
     root = module_of(modules)
     if root.cls != "Sequential":
-        return (
-            None,
-            inner_splits(root.children),
-            [f"{root.path or 'model'}: no graph, because {root.cls} is not a Sequential"],
-        )
+        why = root.altered or f"{root.cls} is not a Sequential"
+        return None, inner_splits(root.children), [f"{root.path or 'model'}: no graph, because {why}"]
     chain = list(chain_of(root))
     if not chain:
         return None, {}, ["model: no graph, because the Sequential is empty"]

@@ -365,6 +365,8 @@ RULES: dict[str, Rule] = {
 def add_module(builder: Builder, module: Module) -> None:
     """Add the nodes of a module, or raise what keeps it out of a graph."""
     builder.module = module
+    if module.altered:
+        raise Inexpressible(module.altered)
     rule = RULES.get(module.cls)
     if rule is None:
         raise Inexpressible(f"{module.cls or 'the module'} is not an operator that neutral knows")

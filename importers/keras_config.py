@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from neutral.conventions.keras_config import is_keras2
+from neutral.conventions.keras_config import is_keras2, is_model
 from neutral.conventions.keras_variables import CONTAINERS
 from neutral.errors import Problem, Refused, raise_all
 from neutral.importers.keras_builder import Builder
@@ -132,7 +132,7 @@ def model_config(manifest: Manifest) -> Config:
     Raises `Refused` with everything that no Keras layer computes.
     """
     own = _own_config(manifest)
-    if own is not None:
+    if own is not None and is_model(own):
         return own
     if manifest.graph is None:
         wanted = "one that says how the layers are wired"

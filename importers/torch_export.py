@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import io
+import keyword
 import os
+import unicodedata
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from neutral.containers.files import new_file
-from neutral.errors import NeutralError, Problem, Refused, Unsupported, misread
+from neutral.errors import NeutralError, Problem, Refused, Unsupported, misread, raise_all
 from neutral.importers.torch_module import build_module, fill_module, graph_of, torch_names, torch_tensor
 from neutral.native import NativeModel
 from neutral.running import quiet, weights_only
 from neutral.schema.graph import Graph
-from neutral.schema.inputs import example_inputs
+from neutral.schema.inputs import example_inputs, other_inputs, solve_inputs
 from neutral.schema.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -37,26 +41,21 @@ def export(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = F
             )
         ) from None
 
+    raise_all(Refused, _unwritable(manifest, out))
     module = build_module(manifest)
     fill_module(module, model)
     graph = graph_of(manifest)
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in map(torch.from_numpy, example_inputs(manifest)))
-    free = tuple(
-        {i: torch.export.Dim.AUTO for i in range(x.ndim) if _is_free(graph, name, i)}
-        for name, x in zip(graph.inputs, inputs, strict=True)
-    )
     try:
-        with warnings.catch_warnings():
-            # torch warns of its own recurrent layers that their weights are kept in a list as well.
-            warnings.simplefilter("ignore")
-            program = torch.export.export(module, inputs, dynamic_shapes=(free,))
+        program = _program(module, inputs, graph)
     except NeutralError:
         raise
     except Exception as error:
         raise Refused(
             Problem(str(out), f"a graph that torch.export cannot take ({_first_line(error)})", "one that it can")
         ) from error
+    _check_sizes(program, manifest, graph, out)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it names the folders of this machine
     with new_file(out, force) as file:
@@ -104,6 +103,84 @@ def _same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
         return False
     left, right = (tensor.detach().reshape(-1).view(torch.uint8) for tensor in (x, y))
     return torch.equal(left, right)
+
+
+def _program(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], graph: Graph) -> torch.export.ExportedProgram:
+    """The program, in which each size that the graph does not know is free where the operators allow it."""
+    import torch
+
+    free = tuple(
+        {i: torch.export.Dim.AUTO for i in range(x.ndim) if _is_free(graph, name, i)}
+        for name, x in zip(graph.inputs, inputs, strict=True)
+    )
+    with warnings.catch_warnings():
+        # torch warns of its own recurrent layers that their weights are kept in a list as well.
+        warnings.simplefilter("ignore")
+        return torch.export.export(module, inputs, dynamic_shapes=(free,))
+
+
+def _fixed(program: torch.export.ExportedProgram, graph: Graph) -> dict[tuple[str, int], int]:
+    """The sizes that torch fixed although the graph does not know them: by input and axis, the batch left out."""
+    nodes = {node.name: node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder"}
+    shapes = zip(graph.inputs, (nodes[str(name)] for name in program.graph_signature.user_inputs), strict=True)
+    return {
+        (name, i): int(n)
+        for name, shape in shapes
+        for i, n in enumerate(shape)
+        if i and str(n).isdecimal() and _is_free(graph, name, i)  # torch keeps a fixed size as a symbol of one value
+    }
+
+
+def _check_sizes(program: torch.export.ExportedProgram, manifest: Manifest, graph: Graph, out: Path) -> None:
+    """Refuse sizes that are made up: fixed ones that are unlike each other, where others fit as well.
+
+    torch fixes a size where a window of one position is left of it.
+    """
+    fixed = _fixed(program, graph)
+    if len(set(fixed.values())) < 2 or other_inputs(manifest, solve_inputs(manifest)) is None:
+        return
+    name = next(iter(fixed))[0]
+    axes = ", ".join(graph.values[name].axes[i] for where, i in fixed if where == name)
+    raise Refused(
+        Problem(
+            str(out),
+            f"an input {name!r} whose {axes} nobody knows, in a program that torch can write for one size alone",
+            "to know them",
+            "write a .pt or .keras",
+        )
+    )
+
+
+def _unwritable(manifest: Manifest, out: Path) -> Iterator[Problem]:
+    """Layers whose names a program cannot have: torch writes them as Python code, and loads another name or none."""
+    import torch
+
+    inner, outer = torch.nn.Module(), torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
+    paths = dict.fromkeys(node.layer for node in graph_of(manifest).nodes if node.layer)
+    for path in paths:
+        for i, name in enumerate(path.split(".")):
+            if hasattr(inner if i else outer, name):
+                found = "a name that torch's modules use themselves"
+            elif not _is_code(name):
+                found = "a name that Python code cannot have as it is"
+            else:
+                continue
+            expected = "another, for a program keeps names as code"
+            yield Problem(f"{out}: {path!r}", found, expected, "rename the layer, or write a .pt or .safetensors")
+
+
+def _is_code(name: str) -> bool:
+    """Whether `x.name`, or `getattr(x, "name")` for what is no identifier, gives that name.
+
+    >>> [_is_code(name) for name in ("conv", "0", "a b", "class", 'a"b')]
+    [True, True, True, False, False]
+    """
+    if name.isidentifier():
+        return not keyword.iskeyword(name) and unicodedata.normalize("NFKC", name) == name
+    try:
+        return bool(ast.literal_eval(f'"{name}"') == name)
+    except (SyntaxError, ValueError):
+        return False
 
 
 class _Stream(io.RawIOBase):

@@ -36,15 +36,9 @@ def build_model(
     if _of_keras2(contents) and framework.name == "keras" and form.whole:
         contents = _for_current_keras(contents, framework, journey)
     manifest = _manifest_of(contents)
-    if form.whole and contents.graph is None and not _described_by_itself(contents, form):
-        raise Refused(
-            Problem(
-                str(target),
-                f"an archive without a graph ({manifest.no_graph()})",
-                "one, to write a whole model",
-                "write weights, or use --into TEMPLATE",
-            )
-        )
+    if form.whole:
+        journey.problems += _wiring_problem(contents, form, manifest, target)
+        journey.problems += _empty_layers(contents, target)
     if same_family(origin, convention) and not _rebuilt(contents, form) and not _classes_missing(contents, framework):
         native = native_again(contents, framework)
     elif framework.name == "numpy":
@@ -89,6 +83,35 @@ def _described_by_itself(contents: Contents, form: Format) -> bool:
     if form.name == contents.source.format == "h5":
         return True
     return keras3_config(contents) and form.name in ("keras", "h5")
+
+
+def _wiring_problem(contents: Contents, form: Format, manifest: Manifest, target: Path) -> list[Problem]:
+    """A whole model needs a graph, or the config that the source's own framework gave it."""
+    if contents.graph is not None or _described_by_itself(contents, form):
+        return []
+    return [
+        Problem(
+            str(target),
+            f"an archive without a graph ({manifest.no_graph()})",
+            "one, to write a whole model",
+            "write weights, or use --into TEMPLATE",
+        )
+    ]
+
+
+def _empty_layers(contents: Contents, target: Path) -> list[Problem]:
+    """Layers of no units, which models of Keras and programs of torch cannot have."""
+    return [
+        Problem(
+            layer.path,
+            f"a {role} of shape {tensor.data.shape}",
+            f"sizes above 0, to write {target.suffix}",
+            "write weights alone",
+        )
+        for layer in contents.layers
+        for role, tensor in list(layer.weights.items())[:1]
+        if 0 in tensor.data.shape
+    ]
 
 
 def _rebuilt(contents: Contents, form: Format) -> bool:

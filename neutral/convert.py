@@ -481,6 +481,8 @@ def verify(
     """
     from neutral.verify import compare
 
+    if seed < 0:
+        raise WrongUsage(Problem("verify", f"the seed {seed}", "0 or more", "choose another"))
     with ExitStack() as stack:
         left, right = (_runnable(Path(path), stack) for path in (a, b))
         return compare(left, right, input_shape=input_shape, seed=seed, tolerance=tolerance)

@@ -58,7 +58,7 @@ class Runnable:
     """A loaded model. `run` takes and gives arrays in the framework's own order of axes.
 
     `last`: images have their channels last. `inputs` is None if the file does not say what it takes; `outputs` are the
-    axes of the graph's outputs, None if there is no graph.
+    axes of the graph's outputs, None if there is no graph. `example`: the shape of each input that the file was made with.
     """
 
     where: str
@@ -67,6 +67,7 @@ class Runnable:
     outputs: tuple[Axes, ...] | None
     run: Callable[[Sequence[Array]], list[Array]]
     manifest: Manifest | None = None
+    example: tuple[tuple[int, ...], ...] | None = None
 
 
 def installed(framework: str) -> bool:
@@ -345,7 +346,10 @@ def torch_program(path: Path, manifest: Manifest | None = None) -> Runnable:
         with torch.no_grad():
             return _torch_arrays(module(*(torch.from_numpy(x).to(d) for x, d in zip(arrays, dtypes, strict=True))))
 
-    return Runnable(f"{path}, {_by('torch')}", False, ports, _graph_outputs(graph), run, manifest)
+    given = program.example_inputs[0] if program.example_inputs else ()
+    example = tuple(tuple(x.shape) for x in given if isinstance(x, torch.Tensor))
+    known_example = example if len(example) == len(ports) else None
+    return Runnable(f"{path}, {_by('torch')}", False, ports, _graph_outputs(graph), run, manifest, known_example)
 
 
 @contextmanager

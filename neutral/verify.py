@@ -313,6 +313,10 @@ def _solved(
             first = first or error
             continue
         return [_whole(_first(found[name], t)) for name, t in zip(mine, turned, strict=True)]
+    for which, side in enumerate((a, b)):
+        made = _of_example(side, which, shapes, pairs, moved) if first is None else None
+        if made is not None:
+            return made
     unknown = ", ".join(_shown(shape) for shape in shapes)
     do = "name it with --input-shape, channels first" if len(shapes) == 1 else "pass models that say their input sizes"
     raise first or Refused(Problem(a.where, f"an input {unknown} of which no graph tells the sizes", "all sizes", do))
@@ -324,6 +328,17 @@ def _fewer_rows(known: Sequence[Shape], shapes: Sequence[tuple[int, ...]]) -> li
     row = max((math.prod(shape[1:]) for shape, is_free in zip(shapes, free, strict=True) if is_free), default=1)
     rows = max(_FEWEST, min(_BATCH, _NUMBERS // max(row, 1)))
     return [(rows, *shape[1:]) if is_free else shape for shape, is_free in zip(shapes, free, strict=True)]
+
+
+def _of_example(
+    side: Runnable, which: int, shapes: list[Shape], pairs: list[tuple[int, int]], moved: list[tuple[bool, bool]]
+) -> list[tuple[int, ...]] | None:
+    """The shapes with the sizes of the inputs that a program was made with; None if it has none that fit."""
+    if side.example is None:
+        return None
+    examples = [_first(side.example[pair[which]], m[which]) for pair, m in zip(pairs, moved, strict=True)]
+    found = [_merged(x, (x[0], *shape[1:])) for x, shape in zip(shapes, examples, strict=True)]
+    return None if None in found else [_whole(shape) for shape in found if shape is not None]
 
 
 def _told(manifest: Manifest, graph: Graph, shapes: Mapping[str, Shape]) -> Manifest:

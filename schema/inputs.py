@@ -25,26 +25,52 @@ _LARGEST_PAIR = 48
 def solve_inputs(manifest: Manifest, batch: int = 2) -> dict[str, Shape]:
     """A shape for each input of the graph: its own sizes where known, else the first that fit all layers.
 
-    All unknown sizes are tried as one number first (square images), then each on its own.
+    All unknown sizes are tried as one number first (square images), then each on its own, the most alike first.
     """
     graph = _graph(manifest)
-    layers = {layer.path: layer for layer in manifest.layers}
     known = {name: _known(graph.values[name], batch) for name in graph.inputs}
-    holes = sum(n is None for shape in known.values() for n in shape)
+    holes = _holes(known)
     first: Refused | None = None
     for filling in _fillings(holes):
         shapes = _filled(known, filling)
-        try:
-            infer(graph, layers, shapes)
-        except Refused as error:
-            first = first or error
-            continue
-        return shapes
+        error = _misfit(manifest, graph, shapes)
+        if error is None:
+            return shapes
+        first = first or error
     assert first is not None
     if not holes:
         raise first
     reason = f"no size up to {_LARGEST} that all layers can take (with {_SMALLEST}: {first})"
     raise Refused(Problem(", ".join(graph.inputs), reason, "an input that fits", "name the input's shape"))
+
+
+def other_inputs(manifest: Manifest, shapes: Mapping[str, Shape], batch: int = 2) -> dict[str, Shape] | None:
+    """Shapes that fit all layers as well as these do, or None if no others do."""
+    graph = _graph(manifest)
+    known = {name: _known(graph.values[name], batch) for name in graph.inputs}
+    others = (_filled(known, filling) for filling in _fillings(_holes(known)))
+    return next((found for found in others if found != shapes and _misfit(manifest, graph, found) is None), None)
+
+
+def _misfit(manifest: Manifest, graph: Graph, shapes: Mapping[str, Shape]) -> Refused | None:
+    """Why the graph cannot take inputs of these shapes."""
+    try:
+        made = infer(graph, {layer.path: layer for layer in manifest.layers}, shapes)
+    except Refused as error:
+        return error
+    given = {name: graph.values[name].shape for name in graph.inputs}
+    if all(shape is not None and None not in shape[1:] for shape in given.values()):
+        return None
+    for name, value in graph.values.items():
+        # A graph may know a size that no layer tells: that of each axis of a norm over several.
+        told, found = (value.shape or ())[1:], made.get(name, ())[1:]
+        if any(n not in (None, m) for n, m in zip(told, found, strict=False)):
+            return Refused(Problem(name, f"{made[name]}", f"{value.shape}, as the graph has it"))
+    return None
+
+
+def _holes(known: Mapping[str, Sequence[int | None]]) -> int:
+    return sum(n is None for shape in known.values() for n in shape)
 
 
 def _graph(manifest: Manifest) -> Graph:
@@ -67,7 +93,8 @@ def _fillings(holes: int) -> Iterator[tuple[int, ...]]:
         yield (n,) * holes
     if 2 <= holes <= 3:
         pair = range(1, _LARGEST_PAIR + 1) if holes == 2 else range(1, 17)
-        yield from (filling for filling in product(pair, repeat=holes) if len(set(filling)) > 1)
+        unlike = (filling for filling in product(pair, repeat=holes) if len(set(filling)) > 1)
+        yield from sorted(unlike, key=lambda filling: max(filling) / min(filling))
 
 
 def _filled(known: Mapping[str, tuple[int | None, ...]], filling: Sequence[int]) -> dict[str, Shape]:

@@ -215,6 +215,15 @@ def test_a_size_that_is_given(tmp_path: Path) -> None:
         verify(tmp_path / "a.pt", tmp_path / "a.keras", input_shape=(5, 2, 9, 6))
 
 
+def test_a_program_of_open_sizes_is_run_on_the_input_it_was_made_with(tmp_path: Path) -> None:
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(96, 2)), tmp_path / "a.pt")
+    neutral.convert(tmp_path / "a.pt", tmp_path / "a.pt2")
+    for other in ("a.pt", "a.pt2"):
+        outcome = verify(tmp_path / "a.pt2", tmp_path / other)
+        assert outcome.same and outcome.lines[2].endswith("normal float32 (2, 3, 6, 8)")
+        assert verify(tmp_path / "a.pt2", tmp_path / other, input_shape=(3, 3, 4, 14)).same
+
+
 def test_a_module_without_a_graph_needs_the_shape(tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.save(nn.LSTM(4, 3, batch_first=True), tmp_path / "lstm.pt")
@@ -400,6 +409,24 @@ def test_a_class_of_somebodys_own_never_runs(tmp_path: Path, files: dict[str, Pa
     assert not Custom.marker.exists()
 
 
+def doubled(module: nn.Module, given: Any, made: torch.Tensor) -> torch.Tensor:
+    return made * 2
+
+
+def test_an_altered_module_is_not_run_as_if_it_were_none(tmp_path: Path, files: dict[str, Path]) -> None:
+    model = small()
+    model[0].register_forward_hook(doubled)
+    torch.save(model, tmp_path / "hook.pt")
+    with pytest.raises(Refused, match=r"test_verify.doubled, expected classes of torch.nn's own"):
+        verify(tmp_path / "hook.pt", files["pt"])
+    for suffix in ("keras", "pt2", "savedmodel"):
+        with pytest.raises(Refused, match=r"without a graph \(0: no graph, because it has a forward hook\)"):
+            neutral.convert(tmp_path / "hook.pt", tmp_path / f"hook.{suffix}")
+    neutral.convert(tmp_path / "hook.pt", tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt")
+    assert torch.equal(state["0.weight"], model[0].weight)
+
+
 class Call:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -516,5 +543,7 @@ def test_the_command(files: dict[str, Path], tmp_path: Path, capsys: pytest.Capt
     torch.save(changed, tmp_path / "changed.pt")
     assert main(["verify", str(tmp_path / "changed.pt"), str(files["keras"])]) == 1
     assert "different: the largest difference is" in capsys.readouterr().out
+    assert main(["verify", str(files["pt"]), str(files["keras"]), "--seed", "-1"]) == 2
+    assert capsys.readouterr().err == "neutral: error: verify: found the seed -1, expected 0 or more, choose another\n"
     assert main(["verify", str(files["state"]), str(files["keras"])]) == 1
     assert capsys.readouterr().err.count("\n") == 1

@@ -277,3 +277,13 @@ def test_a_class_of_ones_own_has_no_graph(tmp_path: Path) -> None:
     with pytest.raises(Refused):
         neutral.convert(tmp_path / "own.pt", tmp_path / "own.keras", flatten={"classifier.1": "120"})
     assert [path.name for path in tmp_path.iterdir()] == ["own.pt"]
+
+
+@pytest.mark.parametrize("suffix", ["keras", "h5", "pt2"])
+def test_a_layer_of_no_units_is_refused_by_name(suffix: str, tmp_path: Path) -> None:
+    torch.save(nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 3)), tmp_path / "a.pt")
+    with pytest.raises(Refused, match=r"^0: found a kernel of shape \(0, 4\), expected sizes above 0"):
+        neutral.convert(tmp_path / "a.pt", tmp_path / f"b.{suffix}")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+    neutral.convert(tmp_path / "a.pt", tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt")["0.weight"].shape == (0, 4)

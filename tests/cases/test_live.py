@@ -41,6 +41,21 @@ def test_a_live_keras_model_is_what_its_file_is(tmp_path: Path) -> None:
         assert live.manifest.graph == file.manifest.graph is not None
 
 
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_live_keras_layer_whose_call_was_replaced(inner: bool, tmp_path: Path) -> None:
+    model = keras.Sequential([keras.Input((5, 4)), L.Bidirectional(L.LSTM(3, name="lstm")), L.Dense(2, name="fc")])
+    altered = model.layers[0].forward_layer if inner else model.layers[1]
+    altered.call = lambda x, **_: x[:, :2]
+    with neutral.export_model(model) as archive:
+        assert archive.manifest.graph is None
+        assert f"{altered.name}: no graph, because its call was replaced" in archive.manifest.notes
+    for suffix in ("keras", "h5", "pt2"):
+        with pytest.raises(Refused, match="no graph, because its call was replaced"):
+            neutral.convert(model, tmp_path / f"a.{suffix}")
+    neutral.convert(model, tmp_path / "a.weights.h5")
+    model.load_weights(tmp_path / "a.weights.h5")
+
+
 def test_torch_to_a_live_keras_model_and_back() -> None:
     module, model = m.randomized(m.lenet5(), 1), m.randomized_keras(m.lenet5_keras(), 2)
     report = neutral.import_model(neutral.export_model(module), into=model)

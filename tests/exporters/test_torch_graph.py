@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from neutral.exporters.torch import read_live
+from neutral.exporters.torch import read, read_live
 from neutral.exporters.torch_graph import capture
 from neutral.exporters.torch_rules import RULES
 from neutral.schema.graph import Graph, Node
@@ -243,6 +245,71 @@ def test_no_graph_but_a_note(module: nn.Module) -> None:
     graph, _, notes = captured(nn.Sequential(nn.Conv2d(2, 3, 1), module))
     assert graph is None
     assert len(notes) == 1 and notes[0].startswith("1: no graph, because ")
+
+
+def doubled(module: nn.Module, given: Any, made: torch.Tensor) -> torch.Tensor:
+    return made * 2
+
+
+def silent(*given: Any) -> None:
+    pass
+
+
+def flipped(module: nn.Module, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (given[0].flip(-1),)
+
+
+def replaced(module: nn.Module, name: str = "forward") -> None:
+    setattr(module, name, torch.relu)
+
+
+ALTERATIONS: dict[str, Callable[[nn.Module], Any]] = {
+    "it has a forward hook": lambda module: module.register_forward_hook(doubled),
+    "it has a forward pre-hook": lambda module: module.register_forward_pre_hook(flipped),
+    "its forward was replaced": replaced,
+    "its _conv_forward was replaced": lambda module: replaced(module, "_conv_forward"),
+}
+
+
+def pickled(module: nn.Module, path: Path) -> Any:
+    torch.save(module, path)
+    return read(path)
+
+
+@pytest.mark.parametrize("why", ALTERATIONS)
+@pytest.mark.parametrize("where", ["model", "0", "1", "1.0"])
+def test_a_module_that_was_altered_has_no_graph(why: str, where: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.ReLU(), nn.Linear(3, 2)))
+    ALTERATIONS[why](model.get_submodule(where) if where != "model" else model)
+    for found in (read_live(model), pickled(model, tmp_path / "a.pt")):
+        assert found.graph is None and f"{where}: no graph, because {why}" in found.notes
+        assert [layer.path for layer in found.layers] == ["0", "1.1"]
+
+
+def test_an_altered_module_may_move_what_it_is_given() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2), nn.Linear(2, 5))
+    assert captured(model)[1] == {"2": {"in": 4}, "3": {}}
+    model[1].register_forward_hook(doubled)
+    assert captured(model)[1] == {"3": {}}
+
+
+def test_a_hook_of_a_wrapper_is_the_models() -> None:
+    model = nn.DataParallel(nn.Sequential(nn.Linear(4, 3)))
+    assert read_live(model).graph is not None
+    model.register_forward_hook(doubled)
+    assert read_live(model).notes[-1] == "model: no graph, because it has a forward hook"
+
+
+def test_what_does_not_change_the_numbers_keeps_the_graph(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 3)), nn.utils.spectral_norm(nn.Linear(3, 2)))
+    model.eval()[0].register_full_backward_hook(silent)
+    model[0].register_load_state_dict_pre_hook(silent)
+    model[0].register_state_dict_post_hook(silent)
+    replaced(model, "train")
+    replaced(model[0], "extra_repr")
+    assert read_live(model).graph is not None
+    assert pickled(model, tmp_path / "a.pt").graph is not None
+    assert read_live(torch.compile(nn.Sequential(nn.Linear(4, 3)))).graph is not None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -199,6 +200,57 @@ def test_exported_program_takes_other_sizes(tmp_path: Path) -> None:
         assert torch.allclose(torch.export.load(tmp_path / "model.pt2").module()(x), model(x), atol=1e-6)
 
 
+UNTOLD: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]]]] = {
+    # Only the product of height and width is known.
+    "linear": (
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 2)),
+        [(3, 6, 8), (3, 8, 6), (3, 4, 14)],
+    ),
+    # Several sizes give one number of windows.
+    "strides": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4 * 12, 2)
+        ),
+        [(3, 11, 15), (3, 12, 16), (3, 16, 13)],
+    ),
+    "one axis": (MODELS["conv1d"], [(3, 11), (3, 12)]),
+    "square": (lenet, [(1, 28, 28), (1, 31, 29)]),
+}
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+def test_exported_program_takes_each_size_that_the_layers_take(name: str, tmp_path: Path) -> None:
+    make, sizes = UNTOLD[name]
+    model = randomized(make())
+    native, manifest = read(model)
+    export(native, manifest, tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for batch, size in enumerate(sizes, 1):
+        x = torch.randn(batch, *size)
+        with torch.no_grad():
+            assert torch.allclose(program(x), model(x), rtol=0, atol=1e-6)
+    with pytest.raises((AssertionError, RuntimeError)):
+        program(torch.randn(2, *(3 * n if i else n for i, n in enumerate(sizes[0]))))
+
+
+def test_a_program_that_torch_fixes_to_a_made_up_size(tmp_path: Path) -> None:
+    """Seven positions are 1 x 7 or 7 x 1."""
+    native, manifest = read(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(28, 2)))
+    with pytest.raises(Refused, match=r"model.pt2: found an input 'input' whose height, width nobody knows"):
+        export(native, manifest, tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_norm_tells_the_size_of_each_axis(tmp_path: Path) -> None:
+    model = randomized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.LayerNorm([4, 4, 6])))
+    native, manifest = read(model)
+    assert solve_inputs(manifest) == {"input": (2, 3, 6, 8)}
+    export(native, manifest, tmp_path / "model.pt2")
+    x = torch.randn(5, 3, 6, 8)
+    with torch.no_grad():
+        assert torch.allclose(torch.export.load(tmp_path / "model.pt2").module()(x), model(x), atol=1e-6)
+
+
 def test_an_output_that_exists_is_kept(tmp_path: Path) -> None:
     native, manifest = read(nn.Sequential(nn.Linear(3, 2)))
     out = tmp_path / "model.pt2"
@@ -237,6 +289,31 @@ def test_layers_named_like_methods() -> None:
     module = build_module(manifest_of(layers, graph))
     assert set(module.state_dict()) == {"half.weight", "half.bias", "train.type.weight", "train.type.bias"}
     assert module(torch.ones(2, 3)).shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "name", ["class", "None", 'a"b', "a\nb", "a\\b", "\ufb01", "half", "training", "graph", "code", "inner.def"]
+)
+def test_names_that_a_program_cannot_have(name: str, tmp_path: Path) -> None:
+    graph = chain([("fc", "Gemm", name, {})], ("batch", "feature"), (None, 3))
+    with pytest.raises(Refused, match="rename the layer") as error:
+        export(NativeModel("torch", "pt", ()), manifest_of([dense(name, 3, 4)], graph), tmp_path / "model.pt2")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a'b", "a b", "1x", "a-b", "é", "self", "a$b", "{x}", "match", "inner.graph"])
+def test_names_that_a_program_keeps(name: str, tmp_path: Path) -> None:
+    model = nn.Sequential(OrderedDict([(name.replace(".", "_"), randomized(nn.Linear(3, 4)))]))
+    if "." in name:
+        outer, inner = name.split(".")
+        model = nn.Sequential(OrderedDict([(outer, nn.Sequential(OrderedDict([(inner, model[0])])))]))
+    native, manifest = read(model)
+    export(native, manifest, tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2")
+    x = torch.randn(5, 3)
+    with torch.no_grad():
+        assert torch.allclose(program.module()(x), model(x), rtol=0, atol=1e-6)
+    assert set(program.state_dict) == set(model.state_dict())
 
 
 REPARAMETRIZED = {
