@@ -60,7 +60,7 @@ def test_a_recurrent_hard_sigmoid(cls: str, suffix: str, tmp_path: Path, neutral
     m.randomized_keras_2(tf_keras.Sequential([tf_keras.Input((5, 3)), layer(K2)]), 2).save(keras2)
     said = neutral_.refused("convert", source, tmp_path / "no.keras", "--into", keras3)
     assert "hard_sigmoid_0.2 (0.2x + 0.5, as in Keras 2)" in said and "hard_sigmoid (x/6 + 0.5, as in Keras 3)" in said
-    assert "hard_sigmoid_0.2" in neutral_.refused("convert", keras3, tmp_path / "no.keras", "--into", source)
+    assert "hard_sigmoid_0.2" in neutral_.refused("convert", keras3, tmp_path / f"no.{suffix}", "--into", source)
     assert "hard_sigmoid_0.2" in neutral_.refused("convert", source, tmp_path / "no.pt2")
     neutral_.ok("convert", source, tmp_path / f"b.{suffix}", "--into", keras2)
     x = wide(2, 5, 3)
