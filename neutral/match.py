@@ -382,6 +382,12 @@ _BEHAVIOUR = (
 _AXES = ("axis", "attention_axes")
 _REMARK = ("padding", "padding_mode", "decay", "padding_idx", "mask_zero")
 _WIRED_ELSEWHERE: Mapping[str, Any] = {"go_backwards": False, "merge_mode": "concat"}
+_UNSAID: Mapping[str, tuple[str, ...]] = {
+    "attention": ("heads",),
+    "group_norm": ("groups",),
+    "simple_rnn": ("activation",),
+}
+"""Settings that no shape tells and that decide what the weights compute."""
 _LAST_AXES = ("layer_norm", "rms_norm")
 _WIRED_OUTSIDE = ("dense", "conv", "depthwise", "conv_transpose", "einsum_dense")
 
@@ -413,6 +419,11 @@ def differing_settings(
         a, b = source.attributes.get(name), target.attributes.get(name)
         if a is not None and b is not None and not _equal(a, b):
             remarks.append(f"{where}: {name} is {a} in the source and {b} in the template")
+    for name in () if wired_alike else _UNSAID.get(target.kind, ()):
+        if source.attributes.get(name) is None and target.attributes.get(name) is not None:
+            remarks.append(
+                f"{where}: the source does not say {name}; taken to be {target.attributes[name]}, as in the template"
+            )
     for name, usual in _WIRED_ELSEWHERE.items():
         a, b = source.attributes.get(name), target.attributes.get(name)
         for mine, other, whose in ((a, b, "source"), (b, a, "template")):

@@ -186,3 +186,11 @@ def test_an_activation_counts_where_both_wire_it_inside() -> None:
     assert settings({"activation": "relu"}, {"activation": "linear"}) == (1, 0)
     assert settings({"activation": "relu"}, {"activation": "linear"}, alike=False) == (0, 0)
     assert settings({"activation": "relu"}, {"activation": "tanh"}, alike=False, kind="lstm") == (1, 0)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_setting_that_only_the_template_says_is_reported_across_frameworks(alike: bool) -> None:
+    """`torch.load` and `load_state_dict` take it from the module as well, so within a framework it is no news."""
+    problems, remarks = differing_settings(layer("a", "attention", {}), layer("a", "attention", {"heads": 3}), alike)
+    assert not problems
+    assert remarks == ([] if alike else ["a: the source does not say heads; taken to be 3, as in the template"])
