@@ -35,7 +35,7 @@ def build_model(
     origin = origin_of(contents).convention()
     if _of_keras2(contents) and framework.name == "keras" and form.whole:
         contents = _for_current_keras(contents, framework, journey)
-    manifest = _manifest_of(contents)
+    manifest = manifest_without_digests(contents)
     if form.whole:
         journey.problems += _wiring_problem(contents, form, manifest, target)
         journey.problems += _empty_layers(contents, target)
@@ -64,7 +64,7 @@ def _of_keras2(contents: Contents) -> bool:
 
 def _for_current_keras(contents: Contents, framework: Framework, journey: Journey) -> Contents:
     """A model of Keras 2 with its graph, if current Keras can be given a model of that; else without."""
-    manifest = _manifest_of(contents)
+    manifest = manifest_without_digests(contents)
     assert framework.target is not None
     try:
         if contents.graph is None:
@@ -128,11 +128,6 @@ def _classes_missing(contents: Contents, framework: Framework) -> bool:
     if framework.name != "keras" or contents.source.framework == "keras":
         return False
     return any(layer.native is None and layer.weights for layer in contents.layers)
-
-
-def _manifest_of(contents: Contents) -> Manifest:
-    """The manifest without digests: writers look at kinds, attributes, shapes and the graph alone."""
-    return manifest_without_digests(contents)
 
 
 def _numpy_model(contents: Contents, framework: Framework, origin: Convention, journey: Journey) -> NativeModel:

@@ -513,6 +513,10 @@ class Written:
     applied: list[tuple[str, str, str]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
+    def apply(self, rule: str, where: str, says: str) -> None:
+        """Record that a rule of the closed list was used."""
+        (self.applied if rules.RULES[rule].exact else self.losses).append((rule, where, says))
+
 
 def native_tensors(
     binding: Binding,
@@ -594,19 +598,19 @@ def _reparametrized(
     if "kernel" in rows and "kernel_direction" in have:
         v, g = have.pop("kernel_direction"), have.pop("kernel_magnitude")
         have["kernel"] = replace(v, data=rules.weight_norm_kernel(g.data, v.data))
-        out.losses.append(("effective_kernel", layer.path, "weight norm: magnitude and direction became one kernel"))
+        out.apply("effective_kernel", layer.path, "weight norm: magnitude and direction became one kernel")
     elif "kernel" in rows and "kernel_raw" in have:
         raw, u, v = (have.pop(role) for role in ("kernel_raw", "kernel_u", "kernel_v"))
         axis = 1 if layer.kind == "conv_transpose" else 0
         have["kernel"] = replace(raw, data=rules.spectral_norm_kernel(raw.data, u.data, v.data, axis))
-        out.losses.append(("effective_kernel", layer.path, "spectral norm: the kernel was divided by its norm"))
+        out.apply("effective_kernel", layer.path, "spectral norm: the kernel was divided by its norm")
     elif "kernel_direction" in rows and "kernel" in have and want is not None:
         kernel = have.pop("kernel")
         local = next(expand(row.name)[0].text for row in bound.rows if row.role == "kernel_magnitude")
         shape = want[local].data.shape
         have["kernel_direction"] = kernel
         have["kernel_magnitude"] = replace(kernel, data=rules.weight_norm_magnitude(kernel.data, shape))
-        out.losses.append(("magnitude", layer.path, "a plain kernel was split into magnitude and direction"))
+        out.apply("magnitude", layer.path, "a plain kernel was split into magnitude and direction")
     return have
 
 
@@ -648,7 +652,7 @@ def _defaults(
     native = want[names[0].text].data
     for name in names:
         out.tensors[name.text] = rules.filled(value, want[name.text].data.shape, native.dtype)
-    out.applied.append(("default", where, f"{', '.join(n.text for n in names)} set to {value:g}: the source has none"))
+    out.apply("default", where, f"{', '.join(n.text for n in names)} set to {value:g}: the source has none")
     return []
 
 
@@ -670,13 +674,13 @@ def _row_native(
         merged = rules.merge_biases(data, _side_axis(row))
         data = merged.tensor
         if not merged.exact:
-            out.losses.append(("merge_biases", layer.path, "input and recurrent bias were added to one"))
+            out.apply("merge_biases", layer.path, "input and recurrent bias were added to one")
     crossed = row_channels(row, kind, layer.channels)
     way = row_layout(row, kind, crossed, convention.flatten)
     sizes = _sizes(bound.sizes, row, crossed)
     if kind == "prelu" and data.shape == (1,) and bound.sizes.get("feature", 1) > 1:
         data = data.take(0, (0,) * bound.sizes["feature"])
-        out.applied.append(("broadcast", where, "one slope written once per channel"))
+        out.apply("broadcast", where, "one slope written once per channel")
     native = way.to_native(data, sizes)
     braces = brace_axes(row.name)
     if not braces:
@@ -704,9 +708,9 @@ def _fitted(
     if piece.dtype == goal.dtype:
         return piece
     if rules.widens(piece.dtype, goal.dtype):
-        out.applied.append(("widen", where, f"{name} from {piece.dtype} to {goal.dtype}"))
+        out.apply("widen", where, f"{name} from {piece.dtype} to {goal.dtype}")
     elif cast:
-        out.losses.append(("narrow", where, f"{name} from {piece.dtype} to {goal.dtype}"))
+        out.apply("narrow", where, f"{name} from {piece.dtype} to {goal.dtype}")
     else:
         out.problems.append(
             Problem(
@@ -723,7 +727,7 @@ def _fitted(
 def _dropped(role: str, tensor: CanonicalTensor, layer: CanonicalLayer, where: str, out: Written) -> None:
     value = rules.default_value(role)
     if value is not None and math.prod(tensor.data.shape) <= 1 << 24 and rules.is_all(tensor.data, value):
-        out.applied.append(("drop_default", where, f"{role} of {layer.path} left out: all {value:g}"))
+        out.apply("drop_default", where, f"{role} of {layer.path} left out: all {value:g}")
         return
     out.problems.append(
         Problem(

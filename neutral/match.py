@@ -311,11 +311,6 @@ def _remove(left: dict[str, CanonicalLayer], right: dict[str, CanonicalLayer], p
         right.pop(pair.target, None)
 
 
-def kinds_of(layer: CanonicalLayer) -> tuple[str, ...]:
-    """The kinds that a layer can be of."""
-    return layer.candidates if layer.kind == "unknown" else (layer.kind,)
-
-
 def conflicts(source: CanonicalLayer, target: CanonicalLayer) -> str:
     """Why the weights of one layer cannot be those of another, or '' if they can."""
     if source.kind == target.kind == "unknown":
