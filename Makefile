@@ -30,7 +30,7 @@ demo: $(READY)
 	$(BIN)/python demo/lenet5.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: lint types layers readme wheel
 

@@ -220,7 +220,7 @@ def test_a_program_of_open_sizes_is_run_on_the_input_it_was_made_with(tmp_path: 
     neutral.convert(tmp_path / "a.pt", tmp_path / "a.pt2")
     for other in ("a.pt", "a.pt2"):
         outcome = verify(tmp_path / "a.pt2", tmp_path / other)
-        assert outcome.same and outcome.lines[2].endswith("normal float32 (2, 3, 6, 8)")
+        assert outcome.same and outcome.lines[2].endswith("normal float32 (16, 3, 6, 8)")
         assert verify(tmp_path / "a.pt2", tmp_path / other, input_shape=(3, 3, 4, 14)).same
 
 

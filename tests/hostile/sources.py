@@ -42,4 +42,5 @@ def every_command(row: Row, run: Commands, good: Path, folder: Path, suffix: str
     for arguments, status in [] if row.slow else others[first : first + 2]:
         refused(run, folder, arguments, row.says, status=status)
     if row.as_template:
+        suffix = ".weights.h5" if source.name.endswith(".weights.h5") else suffix
         refused(run, folder, ["import", good / "model.nwt", "--into", source, "-o", f"out{suffix}"], row.says)
