@@ -146,8 +146,10 @@ def _live_named(model: Any, slot: Slot) -> dict[str, tuple[str, Any, bool]] | No
     return named
 
 
-def _dtype(name: Any) -> np.dtype[Any]:
-    return np.dtype(getattr(ml_dtypes, str(name), str(name)))
+def _dtype(told: Any) -> np.dtype[Any]:
+    """The dtype of a live variable: Keras 3 tells its name, Keras 2 has TensorFlow's own."""
+    name = getattr(told, "name", str(told))
+    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 @dataclass

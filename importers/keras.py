@@ -129,10 +129,10 @@ def fill_live(model: Any, tensors: Mapping[str, Tensor]) -> None:
     problems = []
     for name, tensor in tensors.items():
         variable = live_variable(model, name)
-        shape = tuple(variable.shape)
-        if shape != tensor.shape or str(variable.dtype) != tensor.dtype.name:
+        shape, dtype = tuple(variable.shape), getattr(variable.dtype, "name", variable.dtype)
+        if shape != tensor.shape or dtype != tensor.dtype.name:
             found = f"{tensor.dtype.name} of shape {tensor.shape}"
-            problems.append(Problem(name, found, f"{variable.dtype} of shape {shape}", "nothing was assigned"))
+            problems.append(Problem(name, found, f"{dtype} of shape {shape}", "nothing was assigned"))
         pairs.append((variable, tensor))
     raise_all(Refused, problems)
     for variable, tensor in pairs:

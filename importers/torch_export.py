@@ -46,7 +46,9 @@ def export(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = F
     fill_module(module, model)
     graph = graph_of(manifest)
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in map(torch.from_numpy, example_inputs(manifest)))
+    inputs = tuple(
+        x.to(dtype) if x.is_floating_point() else x for x in map(torch.from_numpy, example_inputs(manifest, roomy=True))
+    )
     try:
         program = _program(module, inputs, graph)
     except NeutralError:
@@ -137,7 +139,7 @@ def _check_sizes(program: torch.export.ExportedProgram, manifest: Manifest, grap
     torch fixes a size where a window of one position is left of it.
     """
     fixed = _fixed(program, graph)
-    if len(set(fixed.values())) < 2 or other_inputs(manifest, solve_inputs(manifest)) is None:
+    if len(set(fixed.values())) < 2 or other_inputs(manifest, solve_inputs(manifest, roomy=True)) is None:
         return
     name = next(iter(fixed))[0]
     axes = ", ".join(graph.values[name].axes[i] for where, i in fixed if where == name)

@@ -11,6 +11,8 @@ from neutral.importers.torch_classes import symmetric_padding, transposed_paddin
 from neutral.schema import layer_sizes, node_settings
 from neutral.schema.layer_sizes import per_axis
 
+Ints = Sequence[int]
+
 
 def conv(c: Call) -> Any:
     padding = c.layer.padding
@@ -78,11 +80,11 @@ def pool(c: Call) -> Any:
             even = tuple(before for before, _ in pads)
     if ceil and even is None:
         raise c.refuse("ceil_mode with uneven padding", "padding that is equal on both sides")
-    run = getattr(c.functional, f"{'max' if c.node.op == 'MaxPool' else 'avg'}_pool{c.space}d")
     if c.node.op == "MaxPool":
         if even is not None:
-            return run(c.x, k, s, even, d, ceil)
-        return run(_padded(c, c.x, pairs, value=-math.inf), k, s, 0, d, ceil)
+            return _max_pool(c, c.x, k, s, even, d, ceil)
+        return _max_pool(c, _padded(c, c.x, pairs, value=-math.inf), k, s, (0,) * c.space, d, ceil)
+    run = getattr(c.functional, f"avg_pool{c.space}d")
     if any(n != 1 for n in d):
         raise c.refuse(f"dilations {d}", "an average over neighbours")
     counted = c.flag("count_include_pad")
@@ -94,6 +96,13 @@ def pool(c: Call) -> Any:
     # The share of each window that is not padding.
     ones = c.x.new_ones((1, 1, *c.x.shape[2:]))
     return y / run(_padded(c, ones, pairs), k, s)
+
+
+def _max_pool(c: Call, x: Any, k: Ints, s: Ints, pads: Ints, d: Ints, ceil: bool) -> Any:
+    if c.space > 1:
+        return getattr(c.functional, f"max_pool{c.space}d")(x, k, s, pads, d, ceil)
+    # torch.export fixes the size of what goes into max_pool1d.
+    return c.functional.max_pool2d(x.unsqueeze(2), (1, *k), (1, *s), (0, *pads), (1, *d), ceil).squeeze(2)
 
 
 def global_pool(c: Call) -> Any:

@@ -22,7 +22,7 @@ Splits = Mapping[str, Mapping[str, int]]
 
 WITH_SPACE = ("conv", "conv_transpose", "depthwise", "separable")
 _NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "prelu")
-_MAY_CROSS = {"dense": ("in", "out"), "batch_norm": ("feature",), "layer_norm": ("feature",), "prelu": ("feature",)}
+MAY_CROSS = {"dense": ("in", "out"), "batch_norm": ("feature",), "layer_norm": ("feature",), "prelu": ("feature",)}
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Crossing:
     def doubts(self, path: str, candidates: Sequence[str], sizes: Iterable[int], told: Told) -> tuple[str, ...]:
         """The axes of a layer of unknown kind that may cross a Flatten, whichever of its candidates it is."""
         sizes = set(sizes)
-        pairs = {(kind, axis) for kind in candidates for axis in _MAY_CROSS.get(kind, ())}
+        pairs = {(kind, axis) for kind in candidates for axis in MAY_CROSS.get(kind, ())}
         listed = told.hints and any(self.follows(path, n) for n in sizes)
         asked = {axis for kind, axis in pairs if any(self.asks(path, kind, axis, n, told.hints) for n in sizes)}
         return () if listed and "feature" not in asked else tuple(sorted(asked))
@@ -148,12 +148,12 @@ def flattened(
     `Refused` for channels that do not divide the axis, and for a hint that the model contradicts.
     """
     hint, known = told.hint(path, native_path), told.known(path, native_path)
-    if kind not in _MAY_CROSS:
+    if kind not in MAY_CROSS:
         if hint is not None:
-            expected = f"one of {', '.join(_MAY_CROSS)}, which alone can be behind a Flatten"
+            expected = f"one of {', '.join(MAY_CROSS)}, which alone can be behind a Flatten"
             raise Refused(Problem("flatten", f"a hint for a {kind}", expected, "leave the hint out"))
         return {}, ()
-    axes = {axis: sizes[axis] for axis in _MAY_CROSS[kind] if axis in sizes}
+    axes = {axis: sizes[axis] for axis in MAY_CROSS[kind] if axis in sizes}
     given = told.of(path, native_path)
     if given is None:
         asked = (axis for axis, n in axes.items() if crossing.asks(native_path, kind, axis, n, told.hints))

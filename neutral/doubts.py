@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from neutral.archive import Contents
 from neutral.canon import bind, compatible, kind_advice, read_layers
 from neutral.canonical import CanonicalLayer
 from neutral.conventions.forms import Convention, Form, same_family
+from neutral.crossing import MAY_CROSS
 from neutral.errors import NeutralError, Problem, Refused, an
 from neutral.native import NativeLayer, NativeModel, NativeTensor
 from neutral.origin import origin_of, stored_form
@@ -44,7 +46,7 @@ def as_known(layer: CanonicalLayer, kind: str, origin: Convention, form: Form | 
                 f"export again with --kind '{layer.path}={kind}'",
             )
         )
-    axes = {axis for tensor in found[0].weights.values() for axis in tensor.axes}
+    axes = {axis for tensor in found[0].weights.values() for axis in tensor.axes} & {*MAY_CROSS.get(kind, ())}
     return replace(found[0], undecided=tuple(a for a in layer.undecided if a in axes))
 
 
@@ -85,6 +87,13 @@ def reconciled(
     if layer.undecided and differ:
         raise Refused(undecided_problem(layer))
     return layer
+
+
+def tells_wiring(settings: Mapping[str, Any]) -> bool:
+    """True if a config lists the model's layers: one of a class of a user's own says nothing of what they are behind."""
+    config = settings.get("config")
+    inner = config.get("config") if isinstance(config, Mapping) else None
+    return isinstance(inner, list) or (isinstance(inner, Mapping) and "layers" in inner)
 
 
 def source_told(contents: Contents) -> bool:
@@ -162,6 +171,8 @@ def agreed(
         try:
             a, b = _as_partner(a, b, left, right), _as_partner(b, a, right, left)
         except NeutralError:
+            if _element_counts(a) == _element_counts(b):
+                open_yet[path] = unknown_problem(a if a.kind == "unknown" else b, origin_of(left).convention())
             continue
         a, b = _flattened_as(a, b, left, right), _flattened_as(b, a, right, left)
         if (doubt := _open_between(a, b, left, right)) is not None:
@@ -215,7 +226,7 @@ def unknown_problem(layer: CanonicalLayer, origin: Convention) -> Problem:
 
 def _flattened_as(layer: CanonicalLayer, partner: CanonicalLayer, mine: Contents, other: Contents) -> CanonicalLayer:
     """A layer in the order of its partner's Flatten; one that its own config leaves open flattens in a way of its own."""
-    own_way = layer.undecided and "config" in mine.source.settings
+    own_way = layer.undecided and tells_wiring(mine.source.settings)
     if own_way or layer.kind == "unknown" or _says(layer, mine) or not _says(partner, other):
         return layer
     return _decided(layer, dict(partner.channels), origin_of(mine).convention())

@@ -14,7 +14,7 @@ from neutral.archive import Contents
 from neutral.canon import Binding, Known, bind, native_tensors, read_layers, recognise
 from neutral.canonical import CanonicalLayer
 from neutral.conventions.forms import Convention, Form, same_family
-from neutral.doubts import as_known, flatten_remark, reconciled, source_told, unknown_problem
+from neutral.doubts import as_known, flatten_remark, reconciled, source_told, tells_wiring, unknown_problem
 from neutral.errors import NeutralError, Problem, Refused, named, raise_all
 from neutral.frameworks import FRAMEWORKS, Framework
 from neutral.journey import Journey
@@ -54,9 +54,12 @@ def fill_template(
     journey.warnings += idle_patterns("--allow-missing", allow_missing, theirs)
     sources = {layer.path: layer for layer in contents.layers}
     partner = {pair.target: sources[pair.source] for pair in pairing.pairs}
-    told = ("config" in contents.source.settings, template.metadata.get("config") is not None)
+    told = (tells_wiring(contents.source.settings), tells_wiring(template.metadata))
+    wired = contents.graph is not None and template.graph is not None
     for item, layers in known:
-        _fill_layer(contents, item, layers, partner, convention, origin, alike, told, template.splits, cast, journey)
+        _fill_layer(
+            contents, item, layers, partner, convention, origin, alike, told, wired, template.splits, cast, journey
+        )
     _compare_surroundings(contents, template, pairing, origin, convention, journey)
     raise_all(Refused, journey.problems)
 
@@ -112,6 +115,7 @@ def _fill_layer(
     origin: Convention,
     alike: bool,
     told: tuple[bool, bool],
+    wirings_known: bool,
     splits: Mapping[str, Mapping[str, int]],
     cast: bool,
     journey: Journey,
@@ -150,7 +154,7 @@ def _fill_layer(
         ]
         ready = []
         for layer, goal in zip(mine, layers, strict=True):
-            problems, remarks = differing_settings(layer, goal, alike)
+            problems, remarks = differing_settings(layer, goal, alike, wirings_known)
             journey.problems += problems
             journey.warnings += remarks
             goal_told = native.path in splits or goal.path in splits

@@ -84,11 +84,13 @@ def pair_layers(
     problems: list[Problem] = []
     _by_map(left, right, mapping or {}, pairs, problems)
     raise_all(Refused, problems)
-    _by_name(source, target, left, right, alike, pairs, problems)
+    _by_name(source, target, left, right, alike, pairs, problems, (allow_unused, allow_missing))
     raise_all(Refused, problems)
+    if alike:
+        _by_place(left, right, pairs)
     _by_structure(source, target, left, right, pairs, problems)
-    unused = tuple(path for path in left if any(fnmatchcase(path, p) for p in allow_unused))
-    missing = tuple(path for path in right if any(fnmatchcase(path, p) for p in allow_missing))
+    unused = tuple(path for path in left if _matches(path, allow_unused))
+    missing = tuple(path for path in right if _matches(path, allow_missing))
     for path in left.keys() - set(unused):
         problems.append(_left_over(path, left[path], right.values(), "archive", "template", "--allow-unused"))
     for path in right.keys() - set(missing):
@@ -161,10 +163,13 @@ def _by_name(
     alike: bool,
     pairs: dict[str, Pair],
     problems: list[Problem],
+    allowed: tuple[Sequence[str], Sequence[str]],
 ) -> None:
     found = named_pairs(list(left), list(right), alike)
     for path, other in found.items():
         if reason := conflicts(left[path], right[other]):
+            if _matches(path, allowed[0]) and _matches(other, allowed[1]):
+                continue  # a head of another size: both stay as they are
             problems.append(
                 Problem(
                     f"{path} -> {other}",
@@ -177,6 +182,32 @@ def _by_name(
             pairs[path] = Pair(path, other, "name" if path == other else "name, normalised")
     problems.extend(_out_of_order(source, target, left, found))
     _remove(left, right, pairs)
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _by_place(left: dict[str, CanonicalLayer], right: dict[str, CanonicalLayer], pairs: dict[str, Pair]) -> None:
+    """What is left, if all of it lies under equal names in both files, and is named alike but for the numbers.
+
+    A Keras 3 file has two names of a layer: its place, which counts anew in each file and by which Keras itself loads,
+    and its own, which counts on through a session.
+    """
+    ours, theirs = ({_place(layer): path for path, layer in side.items()} for side in (left, right))
+    if len(ours) != len(left) or ours.keys() != theirs.keys():
+        return
+    found = {path: theirs[place] for place, path in ours.items()}
+    if all(
+        _uncounted(normalised(path)) == _uncounted(normalised(other)) and not conflicts(left[path], right[other])
+        for path, other in found.items()
+    ):
+        pairs.update({path: Pair(path, other, "place in the file") for path, other in found.items()})
+        _remove(left, right, pairs)
+
+
+def _place(layer: CanonicalLayer) -> frozenset[str]:
+    return frozenset(name for tensor in layer.weights.values() for name in tensor.native.values())
 
 
 def _advice(source: CanonicalLayer, target: CanonicalLayer) -> str:
@@ -379,7 +410,11 @@ _REMARK = ("padding", "padding_mode", "decay", "padding_idx", "mask_zero")
 _WIRED_ELSEWHERE: Mapping[str, Any] = {"go_backwards": False, "merge_mode": "concat"}
 _UNSAID: Mapping[str, tuple[str, ...]] = {
     "attention": ("heads",),
-    "group_norm": ("groups",),
+    "batch_norm": ("eps",),
+    "layer_norm": ("eps",),
+    "rms_norm": ("eps",),
+    "group_norm": ("groups", "eps"),
+    "instance_norm": ("eps",),
     "simple_rnn": ("activation",),
 }
 """Settings that no shape tells and that decide what the weights compute."""
@@ -388,23 +423,22 @@ _WIRED_OUTSIDE = ("dense", "conv", "depthwise", "conv_transpose", "einsum_dense"
 
 
 def differing_settings(
-    source: CanonicalLayer, target: CanonicalLayer, wired_alike: bool
+    source: CanonicalLayer, target: CanonicalLayer, wired_alike: bool, wirings_known: bool = False
 ) -> tuple[list[Problem], list[str]]:
     """Settings that both layers know and that differ: those that change the result, and remarks.
 
     What a framework may do outside of the layer (an activation behind it, padding before it) is compared only if both
-    models wire it inside (`wired_alike`).
+    models wire it inside (`wired_alike`). Where the wirings of both are known, activations are compared by these.
     """
     problems, remarks = [], []
     where = source.path if source.path == target.path else f"{source.path} -> {target.path}"
     for name in _BEHAVIOUR:
         a, b = _setting(source, name, wired_alike), _setting(target, name, wired_alike)
-        outside = (name == "activation" and source.kind in _WIRED_OUTSIDE) or name in (
-            "go_backwards",
-            "merge_mode",
-            "output_padding",
-        )
+        fused = name == "activation" and source.kind in _WIRED_OUTSIDE
+        outside = fused or name in ("go_backwards", "merge_mode", "output_padding")
         if a is None or b is None or _equal(a, b) or (outside and not wired_alike):
+            continue
+        if fused and wirings_known and not (a in HARD_SIGMOIDS and b in HARD_SIGMOIDS):
             continue
         if name in _AXES and not _same_count(a, b):
             remarks.append(f"{where}: {name} is {a} in the source and {b} in the template")

@@ -51,14 +51,38 @@ def differing(
     theirs.sort(key=lambda path: order[path])
     open_pairs = [path for path in unlike if path in unsettled]
     unlike = {path: other for path, other in unlike.items() if path not in open_pairs}
-    lines = list(_compared(a, b, unlike, mine, theirs))
+    nameless = _nameless(a, b, mine, theirs)
+    lines = list(_compared(a, b, unlike, *([], []) if nameless else (mine, theirs)))
     if not lines:
-        raise_all(Refused, (unsettled[path] for path in open_pairs))
+        raise_all(Refused, [*(unsettled[path] for path in open_pairs), *nameless])
     lines += [f"{printable(path)}: other elements, or the same in another order" for path in open_pairs]
+    lines += [f"{problem.where}: {problem.found}" for problem in nameless]
     if not lines and in_order and list(left.values()) != list(right.values()):
         ways = (" ".join(map(printable, paths)) for paths in (left, right))
         lines.append(f"the same layers in another order of computation: {' and '.join(ways)}")
     return lines
+
+
+def _nameless(a: Archive, b: Archive, mine: Sequence[str], theirs: Sequence[str]) -> list[Problem]:
+    """Layers of unknown kind of which no name tells their partner, if all that has no partner may be equal."""
+    sides = [
+        [layer for layer in archive.manifest.layers if layer.path in paths]
+        for archive, paths in ((a, mine), (b, theirs))
+    ]
+    counts = [sorted(math.prod(p.shape) for layer in side for p in _weights(layer).values()) for side in sides]
+    if counts[0] != counts[1]:
+        return []
+    return [
+        Problem(
+            printable(layer.path),
+            "a layer of unknown kind with no layer of that name on the other side",
+            "to know what it is",
+            f"export it with --kind '{layer.path}=KIND', and compare the archive",
+        )
+        for side in sides
+        for layer in side
+        if _kind(layer) == "unknown"
+    ]
 
 
 def _compared(a: Archive, b: Archive, unlike: Mapping[str, str], mine: list[str], theirs: list[str]) -> Iterator[str]:

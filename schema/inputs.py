@@ -18,20 +18,23 @@ from neutral.schema.shapes import infer
 
 _SMALLEST = 8
 """Where the search for an unknown size starts: an image smaller than this is nothing but border."""
+_ROOMY = 64
+"""Where it starts for a program: torch fixes a size of which a layer leaves one position."""
 _LARGEST = 512
 _LARGEST_PAIR = 48
 
 
-def solve_inputs(manifest: Manifest, batch: int = 2) -> dict[str, Shape]:
+def solve_inputs(manifest: Manifest, batch: int = 2, *, roomy: bool = False) -> dict[str, Shape]:
     """A shape for each input of the graph: its own sizes where known, else the first that fit all layers.
 
-    All unknown sizes are tried as one number first (square images), then each on its own, the most alike first.
+    All unknown sizes are tried as one number first (square images), then each on its own, the most alike first. `roomy`
+    ones are larger where they may be: no axis of a layer then comes down to one position.
     """
     graph = _graph(manifest)
     known = {name: _known(graph.values[name], batch) for name in graph.inputs}
     holes = _holes(known)
     first: Refused | None = None
-    for filling in _fillings(holes):
+    for filling in _fillings(holes, _ROOMY if roomy and holes <= 2 else _SMALLEST):
         shapes = _filled(known, filling)
         error = _misfit(manifest, graph, shapes)
         if error is None:
@@ -84,11 +87,11 @@ def _known(value: Value, batch: int) -> tuple[int | None, ...]:
     return tuple(batch if i == 0 and n is None else n for i, n in enumerate(shape))
 
 
-def _fillings(holes: int) -> Iterator[tuple[int, ...]]:
+def _fillings(holes: int, smallest: int = _SMALLEST) -> Iterator[tuple[int, ...]]:
     if holes == 0:
         yield ()
         return
-    sizes = [*range(_SMALLEST, _LARGEST + 1), *range(1, _SMALLEST)]
+    sizes = [*range(smallest, _LARGEST + 1), *range(1, smallest)]
     for n in sizes:
         yield (n,) * holes
     if 2 <= holes <= 3:
@@ -120,10 +123,10 @@ def token_limits(manifest: Manifest) -> dict[str, int]:
     return limits
 
 
-def example_inputs(manifest: Manifest, batch: int = 2, seed: int = 0) -> list[npt.NDArray[Any]]:
+def example_inputs(manifest: Manifest, batch: int = 2, seed: int = 0, *, roomy: bool = False) -> list[npt.NDArray[Any]]:
     """Random inputs that the graph can take, in the order of its inputs: equal for equal seeds."""
     graph = _graph(manifest)
-    shapes, limits = solve_inputs(manifest, batch), token_limits(manifest)
+    shapes, limits = solve_inputs(manifest, batch, roomy=roomy), token_limits(manifest)
     random = np.random.default_rng(seed)
     out: list[npt.NDArray[Any]] = []
     for name in graph.inputs:

@@ -31,7 +31,12 @@ def live_variables(holder: Any) -> list[Any]:
     """The variables of an object itself, in the order in which Keras numbers them."""
     store: dict[str, Any] = {}
     holder.save_own_variables(store)
-    return [store[name] for name in sorted(store, key=int)]
+    found = [store[name] for name in sorted(store, key=int)]
+    if all(hasattr(each, "assign") for each in found):
+        return found
+    # Keras 2 hands out copies, in the order of these two lists.
+    own = [*holder._trainable_weights, *holder._non_trainable_weights]
+    return own if [tuple(x.shape) for x in own] == [tuple(x.shape) for x in found] else found
 
 
 def live_variable(model: Any, name: str) -> Any:
