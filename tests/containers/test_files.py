@@ -20,10 +20,13 @@ def test_a_large_file_is_synced_beside_the_writing(tmp_path: Path, monkeypatch: 
     sizes = []
     monkeypatch.setattr(files, "_sync_data", lambda fd: sizes.append(os.fstat(fd).st_size))
     with new_file(tmp_path / "x") as out:
-        for i in range(10):
-            out.write(bytes([i]) * 60)
-    assert (tmp_path / "x").read_bytes() == b"".join(bytes([i]) * 60 for i in range(10))
-    assert sizes and sizes[0] < 600
+        out.write(b"a" * 60)
+        assert not sizes
+        out.write(b"b" * 60)
+        out.synced()
+        assert sizes == [120]
+        out.write(b"c" * 60)
+    assert (tmp_path / "x").read_bytes() == b"a" * 60 + b"b" * 60 + b"c" * 60
 
 
 def test_an_error_of_that_syncing_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
