@@ -31,7 +31,7 @@ from neutral.conventions.keras_variables import (
     snake_case,
     variables_by_count,
 )
-from neutral.errors import BadFile, Problem, Refused
+from neutral.errors import BadFile, Problem, Refused, printable
 from neutral.exporters.keras_graph import wired
 from neutral.native import Computed, NativeLayer, NativeModel, NativeTensor
 
@@ -68,7 +68,7 @@ def read_live(model: Any) -> NativeModel:
 
     notes: list[str] = []
     layers = []
-    config, ordered = _live_config(model)
+    config, ordered = _live_config(model, notes)
     for slot in _live_slots(model, config):
         tensors: dict[str, NativeTensor] = {}
         found = live_object(model, slot.group)
@@ -108,10 +108,11 @@ def _live_alteration(model: Any) -> str:
     return ""
 
 
-def _live_config(model: Any) -> tuple[Config | None, bool]:
+def _live_config(model: Any, notes: list[str]) -> tuple[Config | None, bool]:
     try:
         config = parse_json(model.to_json().encode(), "model.to_json()")
-    except (NotImplementedError, TypeError, ValueError):  # a subclass of Model without get_config
+    except (NotImplementedError, TypeError, ValueError) as error:  # a subclass of Model without get_config
+        notes.append(printable(f"no graph: the model does not describe itself ({type(error).__name__}: {error})", 200))
         return None, False
     return config, is_model(config)
 

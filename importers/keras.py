@@ -129,6 +129,10 @@ def fill_live(model: Any, tensors: Mapping[str, Tensor]) -> None:
     problems = []
     for name, tensor in tensors.items():
         variable = live_variable(model, name)
+        if not hasattr(variable, "assign"):
+            found = "a variable of which its layer gives a copy alone"
+            problems.append(Problem(name, found, "one that can be assigned to", "fill a file of the model instead"))
+            continue
         shape, dtype = tuple(variable.shape), getattr(variable.dtype, "name", variable.dtype)
         if shape != tensor.shape or dtype != tensor.dtype.name:
             found = f"{tensor.dtype.name} of shape {tensor.shape}"

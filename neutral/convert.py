@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -161,26 +161,11 @@ def import_model(
     `cast` allows a narrower dtype. Raises `Refused` with all that does not fit; then nothing was written.
     """
     started = time.monotonic()
-    if isinstance(archive, Archive):
-        if archive.path is not None:
-            archive.check(progress)
-        return _import(
-            archive.contents,
-            archive.path,
-            to,
-            into,
-            into_key,
-            out,
-            mapping,
-            allow_unused,
-            allow_missing,
-            cast,
-            force,
-            started,
-        )
-    check_archive(Path(archive))
-    with open_archive(archive) as opened:
-        opened.check(progress)
+    if not isinstance(archive, Archive):
+        check_archive(Path(archive))
+    with nullcontext(archive) if isinstance(archive, Archive) else open_archive(archive) as opened:
+        if opened.path is not None:
+            opened.check(progress)
         return _import(
             opened.contents,
             opened.path,

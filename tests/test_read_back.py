@@ -149,36 +149,24 @@ def refused(source: Path, out: Path, says: str, **more: Any) -> None:
     assert list(out.parent.iterdir()) == []
 
 
+WRONG = {False: "read back other than written", True: "found "}
+"""What is said if a writer wrote other bytes than it was told, and if the disk changed them: there a format's own sum tells."""
+
+
+@pytest.mark.parametrize("disk", WRONG)
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_a_new_file_that_a_writer_got_wrong(
-    name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    break_writer(monkeypatch, OUTPUTS[name], "build", disk=False)
-    refused(source, tmp_path / name, "read back other than written", to=OUTPUTS[name])
+def test_a_new_file(name: str, disk: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_writer(monkeypatch, OUTPUTS[name], "build", disk=disk)
+    refused(source, tmp_path / name, WRONG[disk], to=OUTPUTS[name])
 
 
+@pytest.mark.parametrize("disk", WRONG)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_that_a_writer_filled_wrong(
-    name: str, source: Path, templates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_filled_template(
+    name: str, disk: bool, source: Path, templates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    break_writer(monkeypatch, TEMPLATES[name], "fill", disk=False)
-    refused(source, tmp_path / name, "read back other than written", into=templates / name)
-
-
-@pytest.mark.parametrize("name", OUTPUTS)
-def test_a_new_file_that_the_disk_changed(
-    name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    break_writer(monkeypatch, OUTPUTS[name], "build", disk=True)
-    refused(source, tmp_path / name, "found ", to=OUTPUTS[name])
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_a_filled_template_that_the_disk_changed(
-    name: str, source: Path, templates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    break_writer(monkeypatch, TEMPLATES[name], "fill", disk=True)
-    refused(source, tmp_path / name, "found ", into=templates / name)
+    break_writer(monkeypatch, TEMPLATES[name], "fill", disk=disk)
+    refused(source, tmp_path / name, WRONG[disk], into=templates / name)
 
 
 def reshaped(tensor: Tensor) -> Tensor:
