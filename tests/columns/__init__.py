@@ -1,0 +1,23 @@
+"""The zoo in more frameworks: each module here gives its framework's model of a case, from the rows of torch or Keras.
+
+words why the framework has no such model. Columns and runners know the frameworks from their own documentation and source,
+never from neutral's tables.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from tests.zoo import Case, Model
+
+COLUMNS = ("flax_linen", "flax_nnx", "onnx", "paddle", "mlx", "tfjs", "numpy")
+
+
+def model_of(case: Case, framework: str) -> Model | str:
+    """The framework's model of a case, or why it has none."""
+    if framework in case.models:
+        return case.models[framework]
+    if framework not in COLUMNS:
+        return case.absent[framework]
+    found: Model | str = importlib.import_module(f"tests.columns.{framework}").column(case)
+    return found
