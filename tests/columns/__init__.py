@@ -1,5 +1,6 @@
 """The zoo in more frameworks: each module here gives its framework's model of a case, from the rows of torch or Keras.
 
+A column is data: `column(case)` gives a `Model` whose rows the framework's runner in tests/oracle understands, or says in
 words why the framework has no such model. Columns and runners know the frameworks from their own documentation and source,
 never from neutral's tables.
 """
