@@ -155,7 +155,13 @@ def torch(probe: Probe) -> str | None:
         return "pt-legacy"
     if any(name.rpartition("/")[2] == "data.pkl" for name in probe.members):
         return "pt"
-    return "pt2" if holds_program(probe.members) else None
+    if holds_program(probe.members):
+        return "pt2"
+    shards = probe.json.get("weight_map")
+    if isinstance(shards, dict) and shards and all(str(file).endswith(".bin") for file in shards.values()):
+        return "bin-shards"
+    beside = probe.has("pytorch_model.bin") or probe.any("*.bin.index.json")
+    return "bin-shards" if beside and not probe.any("*.safetensors") else None
 
 
 def keras(probe: Probe) -> str | None:
