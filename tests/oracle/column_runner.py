@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ Arrays = dict[str, np.ndarray]
 class Side:
     """A framework: how its models are made, filled, run, saved and loaded.
 
-    `make(case, model, dtype)` gives the framework's model with unset tensors, `tensors` their names and values,
-    `fill` the model with all of these values in their places, `run` its output in the model's own axes. `load(made, file)` fills a
-    fresh model from a file by the framework's own means, and checks names, shapes and dtypes where those do not.
+    `make(case, model, dtype)` gives the framework's model with unset tensors, once for a case; `tensors` their names
+    and values; `fill` a model with all of these values in their places; `run` its output in the model's own axes.
+    `load(made, file)` fills a model from a file by the framework's own means, and checks names, shapes and dtypes
+    where those do not.
     """
 
     name: str
@@ -47,28 +49,38 @@ def random_value(name: str, like: np.ndarray, rng: np.random.Generator) -> np.nd
     return np.asarray(value).astype(like.dtype)
 
 
-def fresh(side: Side, case: Case, seed: int, dtype: str) -> Any:
-    model = model_of(case, side.name)
-    if isinstance(model, str):
-        raise ValueError(f"{side.name} has no {case.name}: {model}")
-    made = side.make(case, model, dtype)
+def model(side: Side, case: Case) -> Model:
+    found = model_of(case, side.name)
+    if isinstance(found, str):
+        raise ValueError(f"{side.name} has no {case.name}: {found}")
+    return found
+
+
+def filled(side: Side, made: Any, seed: int) -> Any:
     rng = np.random.default_rng((seed, side.number))
     return side.fill(made, {name: random_value(name, like, rng) for name, like in side.tensors(made).items()})
 
 
 def run(side: Side, case: Case, made: Any, arrays: Sequence[np.ndarray]) -> np.ndarray:
-    model = model_of(case, side.name)
-    assert isinstance(model, Model)
-    moved = [permute(array, one.axes, to) for array, one, to in zip(arrays, case.inputs, model.inputs, strict=True)]
-    return permute(side.run(made, moved), model.output, case.output)
+    ours = model(side, case)
+    moved = [permute(array, one.axes, to) for array, one, to in zip(arrays, case.inputs, ours.inputs, strict=True)]
+    return permute(side.run(made, moved), ours.output, case.output)
 
 
 def handlers(side: Side) -> Mapping[str, Handler]:
+    @cache
+    def made_once(case: str, equal: bool, dtype: str) -> Any:
+        it = cases(equal)[case]
+        return side.make(it, model(side, it), dtype)
+
+    def fresh(case: str, seed: int, equal: bool, dtype: str) -> Any:
+        return filled(side, made_once(case, equal, dtype), seed)
+
     def build(
         case: str, seed: int, folder: str, equal: bool, formats: list[str] | None, dtype: str, weights: str | None
     ) -> dict[str, Any]:
         it = cases(equal)[case]
-        made = fresh(side, it, seed, dtype)
+        made = fresh(case, seed, equal, dtype)
         if weights is not None:
             with np.load(weights) as given:
                 made = side.fill(made, {name: given[name] for name in given.files})
@@ -85,13 +97,13 @@ def handlers(side: Side) -> Mapping[str, Handler]:
         it = cases(equal)[case]
         with np.load(arrays) as given:
             inputs = [given[f"input{i}"] for i in range(len(given.files))]
-        made = side.load(fresh(side, it, 10**6, dtype), Path(file))
+        made = side.load(fresh(case, 10**6, equal, dtype), Path(file))
         np.savez(arrays, output=run(side, it, made, inputs))
         return {}
 
     def unseen(case: str, seed: int, equal: bool) -> dict[str, Any]:
         it = cases(equal)[case]
-        made = fresh(side, it, seed, "float32")
+        made = fresh(case, seed, equal, "float32")
         inputs = make_inputs(it, seed)
         before = run(side, it, made, inputs)
         held = {name: array.copy() for name, array in side.tensors(made).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,13 @@ def layer(row: Layer, **more: Any) -> nn.Module:
     return built
 
 
+@dataclass(frozen=True)
 class Made:
-    """A module and its variables."""
+    """A module's compiled call and its variables."""
 
-    def __init__(self, module: Net, variables: Variables, dtype: str) -> None:
-        self.module, self.variables, self.dtype = module, variables, dtype
+    call: Callable[..., Any]
+    variables: Variables
+    dtype: str
 
 
 def make(case: Case, model: Model, dtype: str) -> Made:
@@ -83,7 +86,7 @@ def make(case: Case, model: Model, dtype: str) -> Made:
         shape = tuple(sizes[letter] for letter in axes)
         inputs.append(jax.ShapeDtypeStruct(shape, "int32" if one.below else "float32"))
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
-    return Made(module, jax.tree.map(lambda one: np.zeros(one.shape, dtype), shapes), dtype)
+    return Made(jax.jit(module.apply), jax.tree.map(lambda one: np.zeros(one.shape, dtype), shapes), dtype)
 
 
 def tensors(made: Made) -> Arrays:
@@ -96,12 +99,12 @@ def fill(made: Made, values: Arrays) -> Made:
     assert {"/".join(path) for path in flat} == set(values)
     with in_precision(made.dtype):
         full = {path: jnp.asarray(values["/".join(path)]) for path in flat}
-    return Made(made.module, traverse_util.unflatten_dict(full), made.dtype)
+    return replace(made, variables=traverse_util.unflatten_dict(full))
 
 
 def run(made: Made, inputs: Sequence[np.ndarray]) -> np.ndarray:
     with in_precision(made.dtype):
-        return np.asarray(made.module.apply(made.variables, *inputs))
+        return np.asarray(made.call(made.variables, *inputs))
 
 
 class StateWithStatistics(TrainState):
@@ -115,7 +118,7 @@ def train_state(made: Made) -> TrainState:
     cls, more = (TrainState, {}) if "batch_stats" not in made.variables else (StateWithStatistics, {})
     if cls is StateWithStatistics:
         more = {"batch_stats": made.variables["batch_stats"]}
-    state = cls.create(apply_fn=made.module.apply, params=made.variables["params"], tx=optax.adam(1e-3), **more)
+    state = cls.create(apply_fn=made.call, params=made.variables["params"], tx=optax.adam(1e-3), **more)
     rng = np.random.default_rng(7)
     moments = jax.tree.map(lambda one: jnp.asarray(rng.uniform(0.1, 1, one.shape), one.dtype), state.opt_state)
     return state.replace(step=7, opt_state=moments)
@@ -167,7 +170,7 @@ def load(made: Made, file: Path) -> Made:
     for (path, one), like in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(made.variables), strict=True):
         place = jax.tree_util.keystr(path)
         assert one.shape == like.shape and one.dtype == like.dtype, f"{place}: {one.shape} {one.dtype}, not {like.shape}"
-    return Made(made.module, found, made.dtype)
+    return replace(made, variables=found)
 
 
 def load_file(made: Made, file: Path) -> Variables:
