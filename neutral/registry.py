@@ -81,6 +81,22 @@ BUILT_IN: tuple[Framework, ...] = (
         by_place=True,
     ),
     Framework(
+        name="flax",
+        exporter="neutral.exporters.flax",
+        importer="neutral.importers.flax",
+        convention_at="neutral.conventions.flax:FLAX",
+        files=(
+            Format("msgpack", ".msgpack (flax.serialization)", (".msgpack",)),
+            Format("orbax", "folder of Orbax", (".orbax",), folder=True, bare=True),
+            Format("flax-safetensors", ".safetensors (flattened tree)", (".safetensors",), shared=True),
+        ),
+        target="neutral.importers.flax_classes",
+        packages=("flax",),
+        extra="flax",
+        signature=signatures.flax,
+        live=signatures.live_flax,
+    ),
+    Framework(
         name="numpy",
         exporter="neutral.exporters.numpy",
         importer="neutral.importers.numpy",
