@@ -21,6 +21,7 @@ from neutral.framework import Format, Framework
 from neutral.journey import Journey
 from neutral.native import NativeLayer, NativeModel, NativeTensor, from_array
 from neutral.origin import native_again, origin_of
+from neutral.schema.kinds import KINDS
 from neutral.schema.manifest import Manifest
 
 
@@ -139,8 +140,13 @@ def _foreign_model(
     A model that is built whole from its graph needs no decision on a Flatten: the graph says what becomes of it.
     """
     whole = contents.graph is not None and form.whole
+    stored = {part.kind for form in convention.forms for part in form.parts}
     for layer in contents.layers:
-        if layer.kind == "unknown" and layer.weights:
+        if layer.kind not in KINDS.own and layer.kind not in stored:
+            journey.problems.append(
+                Problem(layer.path, an(layer.kind), f"a kind that {framework.name} has", "use another framework")
+            )
+        elif layer.kind == "unknown" and layer.weights:
             journey.problems.append(_unknown_problem(layer, framework, origin))
         elif layer.undecided and origin.flatten != convention.flatten and not whole:
             journey.problems.append(undecided_problem(layer))

@@ -19,7 +19,7 @@ BUILT_IN: tuple[Framework, ...] = (
         files=(
             Format("pt", ".pt .pth .ckpt .bin (zip)", _TORCH),
             Format("pt-legacy", "before torch 1.6", _TORCH, new=False),
-            Format("pt2", "", (".pt2",), whole=True, rebuilt=True),
+            Format("pt2", ".pt2 (weights of a torch.export program)", (".pt2",), whole=True, rebuilt=True),
         ),
         target="neutral.importers.torch_classes",
         packages=("torch",),
@@ -27,7 +27,10 @@ BUILT_IN: tuple[Framework, ...] = (
         signature=signatures.torch,
         live=signatures.live_torch,
         chain=any_chain,
-        runners=dict.fromkeys(("pt", "pt-legacy"), "neutral.running:torch_module"),
+        runners={
+            **dict.fromkeys(("pt", "pt-legacy"), "neutral.running:torch_module"),
+            "pt2": "neutral.running:torch_program",
+        },
         rebuilds=("model.pt2", "neutral.running:torch_program"),
         also=("safetensors",),
     ),

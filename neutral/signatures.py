@@ -25,7 +25,7 @@ from typing import Any, Self
 from neutral.containers.files import SourceFile
 from neutral.containers.torch_program import holds_program
 from neutral.containers.zip import ZipSource
-from neutral.errors import NeutralError, Problem, Unsupported
+from neutral.errors import NeutralError
 from neutral.suffixes import suffix_of
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
@@ -155,16 +155,7 @@ def torch(probe: Probe) -> str | None:
         return "pt-legacy"
     if any(name.rpartition("/")[2] == "data.pkl" for name in probe.members):
         return "pt"
-    if holds_program(probe.members):
-        raise Unsupported(
-            Problem(
-                str(probe.path),
-                "a program of torch.export (.pt2), whose weights neutral does not read yet",
-                "a .pt",
-                "save the module or its state dict with torch.save; `neutral verify` alone takes a .pt2, to run it",
-            )
-        )
-    return None
+    return "pt2" if holds_program(probe.members) else None
 
 
 def keras(probe: Probe) -> str | None:

@@ -28,11 +28,13 @@ Model = str | os.PathLike[str] | object
 
 
 def check_kinds(kinds: Mapping[str, str] | None) -> None:
-    known = sorted(kind for kind in KINDS if kind != "unknown")
-    raise_all(
-        WrongUsage,
-        (Problem(f"kind of {pattern}", f"{kind!r}", f"one of {', '.join(known)}", "correct the kind") for pattern, kind in (kinds or {}).items() if kind not in known),
-    )  # fmt: skip
+    wrong = {pattern: kind for pattern, kind in (kinds or {}).items() if kind == "unknown" or kind not in KINDS}
+    if wrong:
+        known = ", ".join(sorted(kind for kind in KINDS if kind != "unknown"))
+        told = (
+            Problem(f"kind of {at}", f"{kind!r}", f"one of {known}", "correct the kind") for at, kind in wrong.items()
+        )
+        raise_all(WrongUsage, told)
 
 
 _CHANNELS = re.compile(r"none|(?!$)(?P<in>[1-9]\d{0,17})?(:(?P<out>[1-9]\d{0,17}))?", re.ASCII)

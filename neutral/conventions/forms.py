@@ -178,14 +178,15 @@ def same_family(a: Convention, b: Convention) -> bool:
 
 
 def layer(
-    kind: str,
+    kind: str | type[Layer],
     *rows: Row,
     attributes: Attributes = no_attributes,
     check: Callable[[Sizes], bool] = any_sizes,
     suffix: str = "",
 ) -> Part:
-    """A part, its required rows marked from the kind's own table."""
-    spec = KINDS[kind].parameters_of
+    """A part, its required rows marked from the kind's own table. A kind of a plug-in is given as its class."""
+    cls = KINDS[kind] if isinstance(kind, str) else kind
+    spec = cls.parameters_of
     marked = tuple(
         Row(
             r.role,
@@ -198,4 +199,4 @@ def layer(
         )
         for r in rows
     )
-    return Part(kind, marked, suffix, attributes, check)
+    return Part(str(cls.model_fields["kind"].default), marked, suffix, attributes, check)
