@@ -22,18 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from neutral.containers.files import check_output, new_file
+from neutral.containers.onnx_tensors import CODES
 from neutral.containers.protobuf import BYTES, VARINT, message, text, varint
 from neutral.errors import Problem, Refused
 from neutral.native import Tensor
 
 Attribute = int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | npt.NDArray[Any]
-
-_DTYPES = {
-    "float32": 1, "uint8": 2, "int8": 3, "uint16": 4, "int16": 5, "int32": 6, "int64": 7, "bool": 9, "float16": 10,
-    "float64": 11, "uint32": 12, "uint64": 13, "complex64": 14, "complex128": 15, "bfloat16": 16,
-    "float8_e4m3fn": 17, "float8_e4m3fnuz": 18, "float8_e5m2": 19, "float8_e5m2fnuz": 20,
-}  # fmt: skip
-"""TensorProto.DataType of what a tensor is made of."""
 
 _LARGEST = 2_000_000_000
 """Bytes of a file without a second one for the elements: protobuf reads less than 2 GiB."""
@@ -81,9 +75,10 @@ class Model:
 
 def dtype_number(name: str) -> int:
     """ONNX's number of a dtype, or `Refused`."""
-    if name not in _DTYPES:
-        raise Refused(Problem("weights", f"the dtype {name}", f"one that ONNX has ({', '.join(_DTYPES)})"))
-    return _DTYPES[name]
+    found = next((code for dtype, code in CODES.items() if dtype.name == name), None)
+    if found is None:
+        raise Refused(Problem("weights", f"the dtype {name}", "one that ONNX has"))
+    return found
 
 
 def write(model: Model, out: Path, *, force: bool = False, largest: int = _LARGEST) -> None:
