@@ -20,8 +20,8 @@ from neutral.schema.graph import Graph
 from neutral.schema.manifest import Manifest
 
 _NAMES: Mapping[str, Mapping[str, str]] = {
-    **dict.fromkeys(("Gemm", "MatMul", "Einsum"), {"B": "weight", "C": "bias"}),
-    **dict.fromkeys(("Conv", "ConvTranspose"), {"W": "weight", "B": "bias"}),
+    **{op: {"B": "weight", "C": "bias"} for op in ("Gemm", "MatMul", "Einsum")},
+    **{op: {"W": "weight", "B": "bias"} for op in ("Conv", "ConvTranspose")},
     "Gather": {"data": "weight"},
     "BatchNormalization": {"scale": "weight", "B": "bias", "mean": "running_mean", "var": "running_var"},
     "LayerNormalization": {"Scale": "weight", "B": "bias"},

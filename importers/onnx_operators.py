@@ -91,10 +91,9 @@ def _conv(c: Call) -> None:
         mode = str(c.native.config["padding_mode"])
         if mode not in _PAD_MODES:
             raise c.refuse(f"padding of mode {mode}", ", ".join(_PAD_MODES))
-        space = len(config["kernel_shape"])
-        pads = config.pop("pads")
-        whole = (0, 0, *pads[:space], 0, 0, *pads[space:])
-        x = c.emit("Pad", [x, c.ints("pads", *whole)], suffix="pad", mode=_PAD_MODES[mode])
+        space, pads = len(config["kernel_shape"]), config.pop("pads")
+        axes = c.ints("axes", *range(2, 2 + space))
+        x = c.emit("Pad", [x, c.ints("pads", *pads), "", axes], suffix="pad", mode=_PAD_MODES[mode])
     inputs = [x, c.weight("W"), *filter(None, [c.weight("B")])]
     c.emit("Conv", inputs, c.out, **config)
 
@@ -192,11 +191,13 @@ def _pool(c: Call) -> None:
 
 
 def _pad(c: Call) -> None:
+    """The axes are named: onnxruntime 1.31 joins a Pad without them with the pooling behind it, to other numbers."""
     pairs = node_settings.pads_of(c.node, c.rank)
-    pads = c.ints("pads", *(before for before, _ in pairs), *(after for _, after in pairs))
+    axes = [i for i, pair in enumerate(pairs) if pair != (0, 0)] or [c.rank - 1]
+    pads = c.ints("pads", *(pairs[i][0] for i in axes), *(pairs[i][1] for i in axes))
     mode = str(c.node.attributes.get("mode", "constant"))
-    value = [c.constant("value", c.number("value", 0.0), c.dtype)] if mode == "constant" else []
-    c.emit("Pad", [c.x, pads, *value], c.out, mode=mode)
+    value = c.constant("value", c.number("value", 0.0), c.dtype) if mode == "constant" else ""
+    c.emit("Pad", [c.x, pads, value, c.ints("axes", *axes)], c.out, mode=mode)
 
 
 def _slice(c: Call) -> None:
