@@ -21,14 +21,14 @@ def attention(c: Call) -> None:
     heads, groups = int(c.native.config["q_num_heads"]), int(c.native.config["kv_num_heads"])
     if len(c.axes()) != 3:
         raise c.refuse(f"a query of {len(c.axes())} axes", "batch, time and feature")
-    q = c.product(query, "query.B", "query.C", suffix="query")
-    k, v = (c.product(x, f"{role}.B", f"{role}.C", suffix=role) for x, role in ((key, "key"), (value, "value")))
+    q = c.product(query, "query.W", "query.B", suffix="query")
+    k, v = (c.product(x, f"{role}.W", f"{role}.B", suffix=role) for x, role in ((key, "key"), (value, "value")))
     k, v = (_with_extra(c, x, role) for x, role in ((k, "key"), (v, "value")))
     shared = heads != groups
     split = (groups, heads // groups) if shared else (heads,)
     alone = (groups, 1) if shared else (heads,)
     n = len(split)
-    width = c.native.tensors["query.B"].data.shape[-1] // heads
+    width = c.native.tensors["query.W"].data.shape[-1] // heads
     scale = c.constant("scale", 1 / math.sqrt(width), c.dtype)
     q = c.emit("Mul", [q, scale], suffix="scaled")
     last, positions = (0, *range(2, 2 + n)), 1
@@ -42,7 +42,7 @@ def attention(c: Call) -> None:
     made = c.emit("MatMul", [weights, v], suffix="attended")
     made = c.emit("Transpose", [made], suffix="attended.time", perm=[0, 1 + n, *range(1, 1 + n), 2 + n])
     made = c.emit("Reshape", [made, c.ints("attended.shape", 0, 0, -1)], suffix="attended.joined")
-    c.product(made, "output.B", "output.C", c.out, "output")
+    c.product(made, "output.W", "output.B", c.out, "output")
 
 
 def _split(c: Call, x: str, heads: tuple[int, ...], perm: tuple[int, ...], suffix: str) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from neutral.containers.onnx_writing import Attribute, Described
-from neutral.containers.onnx_writing import Node as Written
+from neutral.containers.onnx_building import Attribute, Described
+from neutral.containers.onnx_building import Node as Written
 from neutral.errors import Problem, Refused
 from neutral.native import NativeLayer, Tensor
 from neutral.schema.graph import Graph, Node, Scalar

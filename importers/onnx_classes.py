@@ -12,9 +12,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from neutral.conventions.onnx_activations import IN_RECURRENT, activation_settings
 from neutral.errors import Problem, Refused, raise_all
 from neutral.schema import layer_sizes
 from neutral.schema.graph import Graph, Node
@@ -67,7 +68,7 @@ def _need(layer: Any, value: Any, what: str) -> Any:
 
 
 def _dense(layer: Any, uses: Uses) -> NativeClass:
-    """A Gemm, which takes matrices alone; behind values of more axes, a MatmMul and an Add."""
+    """A Gemm, which takes matrices alone; behind values of more axes, a MatMul and an Add."""
     if all(rank == 2 and node.op == "Gemm" for node, rank in uses):
         return "Gemm", {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
     return "MatMul", {}
@@ -181,21 +182,6 @@ def _prelu(layer: Any, uses: Uses) -> NativeClass:
     return "PRelu", {"slope_rank": ranks.pop()}
 
 
-RNN_ACTIVATIONS: Mapping[str, tuple[str, float | None, float | None]] = {
-    "tanh": ("Tanh", None, None),
-    "sigmoid": ("Sigmoid", None, None),
-    "relu": ("Relu", None, None),
-    "softsign": ("Softsign", None, None),
-    "softplus": ("Softplus", None, None),
-    "hard_sigmoid": ("HardSigmoid", 1 / 6, 0.5),
-    "hard_sigmoid_0.2": ("HardSigmoid", 0.2, 0.5),
-    "elu": ("Elu", 1.0, None),
-    "leaky_relu": ("LeakyRelu", 0.2, None),
-    "linear": ("Affine", 1.0, 0.0),
-}
-"""Activations inside recurrent operators: ONNX's name for each, its alpha and its beta where it has them."""
-
-
 def _recurrent(op: str) -> Callable[[Any, Uses], NativeClass]:
     def rule(layer: Any, uses: Uses) -> NativeClass:
         if "projection" in layer.parameters:
@@ -205,12 +191,7 @@ def _recurrent(op: str) -> Callable[[Any, Uses], NativeClass]:
         direction = "bidirectional" if ways == 2 else "reverse" if layer.go_backwards else "forward"
         config: Config = {"hidden_size": layer_sizes.size(weight, "unit"), "direction": direction}
         own, gates = _activation(layer, "activation", "tanh"), _activation(layer, "recurrent_activation", "sigmoid")
-        used = {"RNN": [own], "GRU": [gates, own], "LSTM": [gates, own, own]}[op] * ways
-        config["activations"] = tuple(name for name, _, _ in used)
-        for key, place in (("activation_alpha", 1), ("activation_beta", 2)):
-            numbers = tuple(entry[place] for entry in used if entry[place] is not None)
-            if numbers:
-                config[key] = numbers
+        config |= activation_settings({"RNN": [own], "GRU": [gates, own], "LSTM": [gates, own, own]}[op] * ways)
         if op == "GRU":
             config["linear_before_reset"] = int(bool(_need(layer, layer.reset_after, "reset_after")))
         return op, config
@@ -218,11 +199,11 @@ def _recurrent(op: str) -> Callable[[Any, Uses], NativeClass]:
     return rule
 
 
-def _activation(layer: Any, setting: str, default: str) -> tuple[str, float | None, float | None]:
-    name = getattr(layer, setting, None) or default
-    if name not in RNN_ACTIVATIONS:
-        raise _no_form(layer, f"the {setting.replace('_', ' ')} {name}", f"one of {', '.join(RNN_ACTIVATIONS)}")
-    return RNN_ACTIVATIONS[name]
+def _activation(layer: Any, setting: str, default: str) -> str:
+    name = str(getattr(layer, setting, None) or default)
+    if name not in IN_RECURRENT:
+        raise _no_form(layer, f"the {setting.replace('_', ' ')} {name}", f"one of {', '.join(IN_RECURRENT)}")
+    return name
 
 
 def _attention(layer: Any, uses: Uses) -> NativeClass:
@@ -238,7 +219,7 @@ def _einsum(layer: Any, uses: Uses) -> NativeClass:
 
 
 def _bilinear(layer: Any, uses: Uses) -> NativeClass:
-    return "Einsum", {"equation": "...i,oij,...j->...o"}
+    raise _no_form(layer, "a bilinear layer", "one that a graph can hold")
 
 
 _CLASSES: dict[str, Callable[[Any, Uses], NativeClass]] = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from neutral.containers.onnx_writing import Model, write
+from neutral.containers.onnx_building import Model, write
 from neutral.errors import Problem, Refused, raise_all
 from neutral.importers.onnx_builder import FLOATS, Builder, Call
 from neutral.importers.onnx_operators import OPERATORS
@@ -20,18 +20,17 @@ from neutral.schema.graph import Graph
 from neutral.schema.manifest import Manifest
 
 _NAMES: Mapping[str, Mapping[str, str]] = {
-    **{op: {"B": "weight", "C": "bias"} for op in ("Gemm", "MatMul", "Einsum")},
-    **{op: {"W": "weight", "B": "bias"} for op in ("Conv", "ConvTranspose")},
+    **{op: {"W": "weight", "B": "bias"} for op in ("Gemm", "MatMul", "Einsum", "Conv", "ConvTranspose")},
     "Gather": {"data": "weight"},
     "BatchNormalization": {"scale": "weight", "B": "bias", "mean": "running_mean", "var": "running_var"},
-    "LayerNormalization": {"Scale": "weight", "B": "bias"},
+    "LayerNormalization": {"scale": "weight", "B": "bias"},
     "InstanceNormalization": {"scale": "weight", "B": "bias"},
     "GroupNormalization": {"scale": "weight", "bias": "bias"},
     "RMSNormalization": {"scale": "weight"},
     "PRelu": {"slope": "weight"},
     "Attention": {
-        **{f"{role}.B": f"{role}.weight" for role in ("query", "key", "value", "output")},
-        **{f"{role}.C": f"{role}.bias" for role in ("query", "key", "value", "output")},
+        **{f"{role}.W": f"{role}.weight" for role in ("query", "key", "value", "output")},
+        **{f"{role}.B": f"{role}.bias" for role in ("query", "key", "value", "output")},
     },
 }
 """What torch calls the inputs of an operator. What is not named here keeps its own name."""

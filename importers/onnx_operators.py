@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from neutral.containers.onnx_writing import dtype_number
+from neutral.containers.onnx_building import dtype_number
 from neutral.importers.onnx_attention import attention
 from neutral.importers.onnx_builder import Call, Rule
 from neutral.importers.onnx_recurrent import recurrent
@@ -46,10 +46,10 @@ def _real(*attributes: str) -> Rule:
 def dense(c: Call) -> None:
     assert c.native is not None
     if c.native.cls == "Gemm":
-        inputs = [c.x, c.weight("B"), *filter(None, [c.weight("C")])]
+        inputs = [c.x, c.weight("W"), *filter(None, [c.weight("B")])]
         c.emit("Gemm", inputs, c.out, **c.config("alpha", "beta", "transA", "transB"))
     else:
-        c.product(c.x, "B", "C", c.out)
+        c.product(c.x, "W", "B", c.out)
 
 
 def _einsum(c: Call) -> None:
@@ -57,13 +57,12 @@ def _einsum(c: Call) -> None:
     if c.layer.kind == "dense":
         _linear_einsum(c)
         return
-    data, _, out = node_settings.equation_terms(c.native.config["equation"])
-    equation = f"{data},{layer_sizes.kernel_letters(c.layer)}->{out}"
-    if not c.weight("C"):
-        c.emit("Einsum", [c.x, c.weight("B")], c.out, equation=equation)
+    equation = str(c.native.config["equation"])
+    if not c.weight("B"):
+        c.emit("Einsum", [c.x, c.weight("W")], c.out, equation=equation)
         return
-    made = c.emit("Einsum", [c.x, c.weight("B")], equation=equation)
-    c.emit("Add", [made, c.weight("C")], c.out, "add")
+    made = c.emit("Einsum", [c.x, c.weight("W")], equation=equation)
+    c.emit("Add", [made, c.weight("B")], c.out, "add")
 
 
 def _linear_einsum(c: Call) -> None:
@@ -75,7 +74,7 @@ def _linear_einsum(c: Call) -> None:
     if any(n is None for n in made):
         raise c.refuse("an output of unknown size", "the sizes of the axes it makes")
     x = c.x if summed == 1 else c.emit("Reshape", [c.x, c.ints("joined", *(0,) * kept, -1)], suffix="join")
-    y = c.product(x, "B", "C")
+    y = c.product(x, "W", "B")
     c.emit("Reshape", [y, c.ints("shape", *(0,) * kept, *made)], c.out, "split")  # type: ignore[arg-type]
 
 
@@ -291,6 +290,16 @@ def _celu(c: Call) -> None:
     c.emit("Mul", [c.emit("Elu", [c.emit("Div", [c.x, factor], suffix="in")], suffix="elu"), factor], c.out)
 
 
+def _shrink(c: Call) -> None:
+    """ONNX has it for all numbers but bfloat16."""
+    settings = {"lambd": c.number("lambd", 0.5), "bias": c.number("bias", 0.0)}
+    if c.dtype != "bfloat16":
+        c.emit("Shrink", [c.x], c.out, **settings)
+        return
+    wide = c.emit("Cast", [c.x], suffix="wide", to=dtype_number("float32"))
+    c.emit("Cast", [c.emit("Shrink", [wide], suffix="shrink", **settings)], c.out, to=dtype_number("bfloat16"))
+
+
 def _prelu(c: Call) -> None:
     c.emit("PRelu", [c.x, c.weight("slope")], c.out)
 
@@ -328,14 +337,14 @@ OPERATORS: Mapping[str, Rule] = {
     "HardSigmoid": _real("alpha", "beta"),
     "InstanceNormalization": _channel_norm("scale", "B"),
     "LRN": _lrn,
-    "LayerNormalization": _last_axes_norm("Scale", "B"),
+    "LayerNormalization": _last_axes_norm("scale", "B"),
     "PRelu": _prelu,
     "Pad": _pad,
     "RMSNormalization": _last_axes_norm("scale", ""),
     "Reshape": _with_ints("shape", batch=True),
     "Resize": _resize,
     "Selu": _real("alpha", "gamma"),
-    "Shrink": _real("lambd", "bias"),
+    "Shrink": _shrink,
     "Slice": _slice,
     "SpaceToDepth": _same("blocksize"),
     "Swish": _swish,
