@@ -6,16 +6,18 @@ The weight of Gemm, MatMul and Einsum is called `W` here and their bias `B`, as 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from neutral.conventions.forms import Config, Convention, Form, Row, Shapes, Sizes, layer
 from neutral.conventions.keras import einsum_forms
+from neutral.conventions.onnx_activations import activation_names
 
 RECURRENT = ("RNN", "LSTM", "GRU")
-_GATED_ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
-    "LSTM": ("Sigmoid", "Tanh", "Tanh"),
-    "GRU": ("Sigmoid", "Tanh"),
-    "RNN": ("Tanh",),
+_USUAL_FUNCTIONS: Mapping[str, tuple[str, ...]] = {
+    "LSTM": ("sigmoid", "tanh", "tanh"),
+    "GRU": ("sigmoid", "tanh"),
+    "RNN": ("tanh",),
 }
 _DIRECTIONS = ("forward", "reverse", "bidirectional")
 
@@ -104,25 +106,39 @@ def _group_norm(config: Config, sizes: Sizes) -> dict[str, Any]:
     return {**_eps(config, sizes), "groups": config.get("num_groups")}
 
 
-def _recurrent_attributes(config: Config, sizes: Sizes) -> dict[str, Any]:
+def _functions(cls: str, config: Config) -> tuple[str, ...] | None:
+    """neutral's names of a recurrent node's functions, in ONNX's order, one direction's for both; None for others."""
+    if not config.get("activations"):
+        return _USUAL_FUNCTIONS[cls]
+    found = activation_names(config, len(_USUAL_FUNCTIONS[cls]))
+    # The cell's function and that of what an LSTM gives out are one in all other frameworks.
+    return found if found is None or len(set(found[1:])) <= 1 else None
+
+
+def _recurrent_attributes(cls: str, config: Config, sizes: Sizes) -> dict[str, Any]:
+    functions = _functions(cls, config) or (None,)
     return {
         "units": sizes.get("unit"),
         "bias_convention": "two",
         "go_backwards": True if config.get("direction") == "reverse" else None,
+        "activation": functions[-1],
+        "recurrent_activation": functions[0] if cls in ("LSTM", "GRU") else None,
     }
 
 
 def _rnn(config: Config, sizes: Sizes) -> dict[str, Any]:
-    activations = config.get("activations") or ("Tanh",)
-    return {**_recurrent_attributes(config, sizes), "activation": str(activations[0]).lower()}
+    return _recurrent_attributes("RNN", config, sizes)
 
 
-def _gated(config: Config, sizes: Sizes) -> dict[str, Any]:
-    return {**_recurrent_attributes(config, sizes), "activation": "tanh", "recurrent_activation": "sigmoid"}
+def _lstm(config: Config, sizes: Sizes) -> dict[str, Any]:
+    return _recurrent_attributes("LSTM", config, sizes)
 
 
 def _gru(config: Config, sizes: Sizes) -> dict[str, Any]:
-    return {**_gated(config, sizes), "reset_after": bool(config.get("linear_before_reset", 0))}
+    return {
+        **_recurrent_attributes("GRU", config, sizes),
+        "reset_after": bool(config.get("linear_before_reset", 0)),
+    }
 
 
 def _square_state(sizes: Sizes) -> bool:
@@ -153,13 +169,9 @@ def refusal(cls: str, config: Config) -> str:
         reasons.append("input_forget")
     if config.get("direction", "forward") not in _DIRECTIONS:
         reasons.append(f"direction {config['direction']}")
-    given = tuple(str(name).lower() for name in config.get("activations") or ())
-    usual = tuple(name.lower() for name in _GATED_ACTIVATIONS[cls])
-    allowed = {usual * times for times in (1, 2)} | {()}
-    if cls == "RNN":
-        allowed |= {("relu",), ("relu", "relu")}
-    if given not in allowed:
-        reasons.append(f"activations {', '.join(given)}")
+    if _functions(cls, config) is None:
+        given = ", ".join(str(name) for name in config.get("activations") or ())
+        reasons.append(f"activations {given}")
     return "; ".join(reasons)
 
 
@@ -177,7 +189,7 @@ def _recurrent(cls: str, kind: str, gates: str, labels: str, attributes: _Attrib
             Row("recurrent_kernel", "R", f"{native} {block} hidden", f"{canonical}{gate}unit hidden"),
             Row("bias", "B", f"{native} {sides}", f"{canonical}side:ir {gate}unit"),
         )
-        part = layer(kind, *rows, attributes=attributes, check=_square_state)
+        part = replace(layer(kind, *rows, attributes=attributes, check=_square_state), any_reset=True)
         forms.append(Form((cls,), (part,), guessable=False, applies=lambda config: not refusal(cls, config)))
     return tuple(forms)
 
@@ -210,6 +222,26 @@ def _einsum(cls: str, config: Config) -> tuple[Form, ...]:
     return tuple(forms)
 
 
+_ATTENTION = (
+    Row("query_kernel", "query.W", "in query"),
+    Row("query_bias", "query.B", "query"),
+    Row("key_kernel", "key.W", "in_key key"),
+    Row("key_bias", "key.B", "key"),
+    Row("value_kernel", "value.W", "in_value value"),
+    Row("value_bias", "value.B", "value"),
+    Row("output_kernel", "output.W", "attended out"),
+    Row("output_bias", "output.B", "out"),
+    Row("extra_key", "extra_key", "1 1 key"),
+    Row("extra_value", "extra_value", "1 1 value"),
+)
+"""An attention is several operators: products with these weights, and what stands between them."""
+
+
+def _attention(config: Config, sizes: Sizes) -> dict[str, Any]:
+    heads = config.get("q_num_heads")
+    return {"heads": heads, "kv_heads": config.get("kv_num_heads", heads)}
+
+
 def _deciding(config: Config, shapes: Shapes) -> dict[str, Any]:
     return {name: config[name] for name in ("equation", "transB", "linear_before_reset") if config.get(name)}
 
@@ -229,8 +261,9 @@ ONNX = Convention(
         _norm("InstanceNormalization", "instance_norm", _eps, "scale", "B"),
         Form(("RMSNormalization",), (layer("rms_norm", Row("scale", "scale", "..."), attributes=_eps),), guessable=False),
         Form(("PRelu",), (layer("prelu", Row("slope", "slope", "feature ...", "feature ...")),), guessable=False),
+        Form(("Attention",), (layer("attention", *_ATTENTION, attributes=_attention),), guessable=False),
         *_recurrent("RNN", "simple_rnn", "", "", _rnn),
-        *_recurrent("LSTM", "lstm", "iofg", "ifgo", _gated),
+        *_recurrent("LSTM", "lstm", "iofg", "ifgo", _lstm),
         *_recurrent("GRU", "gru", "zrn", "rzn", _gru),
     ),
     build=_einsum,
