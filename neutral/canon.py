@@ -829,7 +829,7 @@ def _bind_canonical_part(part: Part, level: int, layer: CanonicalLayer, told: Ma
                 roles.pop(role, None)
     after = layer.attributes.get("reset_after")
     one_bias = any(row.rule == "one_bias" for row in part.rows)
-    if layer.kind == "gru" and after is not None and "bias" in roles and after == one_bias:
+    if layer.kind == "gru" and after is not None and "bias" in roles and after == one_bias and not part.any_reset:
         return "its reset gate acts elsewhere (reset_after differs)"
     sizes: dict[str, int] = dict(told) | {
         axis: layer.attributes[name]

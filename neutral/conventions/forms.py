@@ -128,13 +128,17 @@ def any_sizes(sizes: Sizes) -> bool:
 
 @dataclass(frozen=True)
 class Part:
-    """One canonical layer in a native one. `check` says whether the bound axis sizes can be true."""
+    """One canonical layer in a native one. `check` says whether the bound axis sizes can be true.
+
+    `any_reset`: a GRU of two biases whose reset gate may act before or after the product, as its config says.
+    """
 
     kind: str
     rows: tuple[Row, ...]
     suffix: str = ""
     attributes: Attributes = no_attributes
     check: Callable[[Sizes], bool] = any_sizes
+    any_reset: bool = False
 
 
 @dataclass(frozen=True)
