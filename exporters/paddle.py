@@ -60,13 +60,13 @@ def _model(file: PaddleFile, key: str | None) -> NativeModel:
     tensors = {name: NativeTensor(name, file.tensor(saved, name)) for name, saved in chosen.items()}
     tensors = _with_ties(tensors, chosen)
     layers, once = layers_of(tensors, None)
-    metadata: dict[str, Any] = {"key": place} if place else {}
+    kept: dict[str, Any] = {}
     names = file.names(place)
     if names is not None:
         # Pairs, for an archive sorts the keys of a mapping, and this is the file's order.
-        metadata["parameters"] = [list(pair) for pair in names.items()]
+        kept["parameters"] = [list(pair) for pair in names.items()]
     if once:
-        metadata["once"] = once
+        kept["once"] = once
     others = {**file.sets, **file.others}
     collections = {
         name or "itself": tuple(_readable(file, members)) for name, members in others.items() if members is not chosen
@@ -76,7 +76,7 @@ def _model(file: PaddleFile, key: str | None) -> NativeModel:
         "pdparams",
         layers,
         collections={name: members for name, members in collections.items() if members},
-        metadata=metadata,
+        metadata={"metadata": kept} if kept else {},
         close=file.close,
     )
 
@@ -174,8 +174,8 @@ def _read_safetensors(source: Path, key: str | None) -> NativeModel:
         if not opened.tensors:
             raise BadFile(Problem(str(source), "no tensor", "at least one", "is this a file of weights?"))
         layers, once = layers_of({name: NativeTensor(name, data) for name, data in opened.tensors.items()}, None)
-        metadata = {"once": once} if once else {}
-        return NativeModel("paddle", "safetensors", layers, metadata=metadata, close=opened.close)
+        metadata = {"metadata": {"once": once}} if once else {}
+        return NativeModel("paddle", "paddle-safetensors", layers, metadata=metadata, close=opened.close)
     except BaseException:
         opened.close()
         raise

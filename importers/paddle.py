@@ -17,7 +17,7 @@ from neutral.containers.files import SourceFile, new_file, refuse_same
 from neutral.containers.numpy_pickle import copy_with
 from neutral.containers.paddle_file import DTYPES, PaddleFile
 from neutral.containers.paddle_writing import write_state_dict
-from neutral.containers.safetensors import misfits, open_safetensors, replace_tensors
+from neutral.containers.safetensors import misfits, open_safetensors, replace_tensors, usual_order, write
 from neutral.conventions.paddle_names import places, repeated
 from neutral.errors import Problem, Refused, Unsupported, raise_all
 from neutral.native import NativeModel, Tensor
@@ -26,7 +26,7 @@ from neutral.suffixes import suffix_of
 if TYPE_CHECKING:
     from neutral.schema.manifest import Manifest
 
-SUFFIX: Final = ".pdparams"
+SUFFIXES: Final = (".pdparams", ".safetensors")
 
 
 def fill(
@@ -119,11 +119,11 @@ def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = Fa
 
     Recurrent layers have their parameters under both names. The parameters' own names are written if the source had them.
     """
-    if suffix_of(out) != SUFFIX:
-        raise Unsupported(Problem(str(out), f"the suffix {out.suffix!r}", SUFFIX))
-    settings: Mapping[str, Any] = manifest.source.settings if manifest.source.framework == "paddle" else {}
-    own_names = _pairs(settings.get("parameters"))
-    once = settings.get("once")
+    if suffix_of(out) not in SUFFIXES:
+        raise Unsupported(Problem(str(out), f"the suffix {out.suffix!r}", " or ".join(SUFFIXES)))
+    told = manifest.source.settings.get("metadata") if manifest.source.framework == "paddle" else None
+    kept: Mapping[str, Any] = told if isinstance(told, dict) else {}
+    own_names, once = _pairs(kept.get("parameters")), kept.get("once")
     entries = _entries(model, {str(name) for name in once} if isinstance(once, list) else set())
     order = list(own_names or ()) or (manifest.source.order if manifest.source.framework == "paddle" else ())
     rank = {name: i for i, name in enumerate(order)}
@@ -137,7 +137,11 @@ def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = Fa
         ],
     )
     with new_file(out, force) as file:
-        write_state_dict(file, named, own_names)
+        if suffix_of(out) == SUFFIXES[0]:
+            write_state_dict(file, named, own_names)
+        else:
+            # Paddle does not look at the metadata. Without them the file could be torch's, whose Linear is turned.
+            write(file, usual_order(named), {"format": "paddle"})
 
 
 def _entries(model: NativeModel, once: set[str]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ import numpy as np
 from neutral.containers.files import SourceFile
 from neutral.containers.numpy_pickle import ArrayRef, array_tensor, joined, load_arrays, text_of
 from neutral.containers.pickle_machine import items_of, members_of
-from neutral.errors import BadFile, Problem, Refused, Unsupported, printable
+from neutral.errors import BadFile, NeutralError, Problem, Refused, Unsupported, printable
 from neutral.native import Tensor
 
 NAME_TABLE: Final = "StructuredToParameterName@@"
@@ -217,3 +217,14 @@ def _is_optimizer(items: Mapping[Any, Any], arrays: Mapping[str, Saved]) -> bool
     if "LR_Scheduler" in items or "master_weights" in items:
         return True
     return bool(arrays) and all(_ACCUMULATOR.fullmatch(name) for name in arrays)
+
+
+def holds_tables(path: Path) -> bool:
+    """True for a pickle that paddle.save alone makes: with its table of names, or with pairs of a name and an array."""
+    try:
+        with PaddleFile(path) as file:
+            items = items_of(file.root) or {}
+            paired = any(s.parameter is not None for members in file.sets.values() for s in members.values())
+            return NAME_TABLE in items or CUT_TABLE in items or paired
+    except NeutralError:
+        return False

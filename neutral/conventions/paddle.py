@@ -244,7 +244,14 @@ def _weight_norms(
         certain.append(Form(classes, (alone,), applies=_told(WEIGHT_NORM_DIM, None)))
         part = layer(kind, *rows, attributes=known, check=check)
         told.append(Form(classes, (part,), guessable=False, applies=_told(WEIGHT_NORM_DIM, dim)))
-    return certain + told
+    # One number for the whole kernel: a layout of no axes.
+    whole = (
+        Row("kernel_magnitude", "weight_g", " ", " ", required=True),
+        Row("kernel_direction", "weight_v", axes, canonical, required=True),
+        bias,
+    )
+    part = layer(kind, *whole, attributes=_with(attributes, "weight_norm"), check=check)
+    return [*certain, *told, Form(classes, (part,), applies=_told(WEIGHT_NORM_DIM, -1, None))]
 
 
 def _alone(axis: str, axes: list[str], check: _Check) -> _Check:
