@@ -136,4 +136,20 @@ BUILT_IN: tuple[Framework, ...] = (
         signature=signatures.safetensors,
         chain=any_chain,
     ),
+    Framework(
+        name="paddle",
+        exporter="neutral.exporters.paddle",
+        importer="neutral.importers.paddle",
+        convention_at="neutral.conventions.paddle:PADDLE",
+        files=(
+            Format("pdparams", ".pdparams", (".pdparams",)),
+            Format("paddle-safetensors", ".safetensors (names of paddle)", (".safetensors",), shared=True),
+        ),
+        target="neutral.importers.paddle_classes",
+        packages=("paddle",),
+        extra="paddle",
+        signature=signatures.paddle,
+        live=instance_of(("paddle", "Layer")),
+        chain=any_chain,
+    ),
 )
