@@ -1,0 +1,41 @@
+"""How TensorFlow.js stores layers: as Keras 2 does, for the classes that it has.
+
+>>> [row.name for row in TFJS.forms[2].parts[0].rows], TFJS.forms[2].classes
+(['depthwise_kernel', 'bias'], ('DepthwiseConv2D',))
+>>> sorted({kind for form in TFJS.forms for kind in (part.kind for part in form.parts)})[:4]
+['batch_norm', 'conv', 'conv_transpose', 'dense']
+
+A GRU applies its reset gate before the recurrent kernel and has one bias (`reset_after` is refused by its own code).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from neutral.conventions.forms import Convention, Form
+from neutral.conventions.keras import KERAS
+
+WEIGHED = frozenset(
+    """Dense Conv1D Conv2D Conv3D Conv2DTranspose Conv3DTranspose DepthwiseConv2D SeparableConv2D Embedding
+    BatchNormalization LayerNormalization PReLU SimpleRNN LSTM GRU""".split()
+)
+"""Classes of TensorFlow.js 4.22 that have weights and a kind here."""
+
+VARIABLES = {("DepthwiseConv2D", "kernel"): "depthwise_kernel"}
+"""Variables that Keras 3 has under another name: (class, Keras 3's name) -> the one here."""
+
+
+def _forms() -> Iterator[Form]:
+    for form in KERAS.forms:
+        classes = tuple(cls for cls in form.classes if cls in WEIGHED)
+        rows = [row for part in form.parts for row in part.rows]
+        if classes and not any(row.native.startswith("side") for row in rows):
+            yield replace(form, classes=classes, parts=tuple(replace(part, rows=_renamed(classes[0], part.rows)) for part in form.parts))
+
+
+def _renamed(cls, rows):
+    return tuple(replace(row, name=VARIABLES.get((cls, row.name), row.name)) for row in rows)
+
+
+TFJS = Convention(framework="tfjs", forms=tuple(_forms()), flatten=KERAS.flatten, deciding=KERAS.deciding)
