@@ -17,15 +17,12 @@ from typing import Any
 from neutral.containers.tfjs_model import TfjsModel, Weight, open_tfjs
 from neutral.conventions.keras_config import Slot, unwired
 from neutral.conventions.keras_variables import own_variables
-from neutral.conventions.tfjs import VARIABLES
+from neutral.conventions.tfjs import TEXT, VARIABLES
 from neutral.conventions.tfjs_config import as_keras2, model_of, outline
 from neutral.errors import BadFile, Problem, WrongUsage, printable
 from neutral.exporters.keras import config_slots
 from neutral.exporters.keras_graph import wired
 from neutral.native import NativeLayer, NativeModel, NativeTensor
-
-TEXT = "model_json"
-"""The key of the file's own JSON text among a model's metadata."""
 
 _KERAS = "2"
 """The version of Keras in whose words a topology is written, whatever it says itself."""
@@ -36,7 +33,9 @@ _OPTIMIZER = "optimizer"
 def read(source: Path, *, key: str | None = None) -> NativeModel:
     """The layers of a model; values of quantized weights are those that TensorFlow.js computes of them."""
     if key is not None:
-        raise WrongUsage(Problem(str(source), f"the key {key!r}", "none", "a TensorFlow.js model has one set of weights"))
+        raise WrongUsage(
+            Problem(str(source), f"the key {key!r}", "none", "a TensorFlow.js model has one set of weights")
+        )
     opened = open_tfjs(source)
     try:
         return _model(opened)
@@ -53,7 +52,9 @@ def _model(opened: TfjsModel) -> NativeModel:
         classes = outline(entry)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise BadFile(
-            Problem(where, f"a topology that is malformed ({type(error).__name__})", "layers as TensorFlow.js lists them")
+            Problem(
+                where, f"a topology that is malformed ({type(error).__name__})", "layers as TensorFlow.js lists them"
+            )
         ) from None
     slots, ordered = _slots(topology.config, where)
     notes = list(topology.remarks)
@@ -69,16 +70,18 @@ def _model(opened: TfjsModel) -> NativeModel:
         layers=layers,
         ordered=ordered,
         collections={_OPTIMIZER: aside} if aside else {},
-        metadata={**_text(opened.text), "config": classes},
+        metadata={**_text(opened), "config": classes},
         notes=tuple(notes),
         close=opened.close,
     )
     return wired(model, topology.config, _KERAS)
 
 
-def _text(text: bytes) -> dict[str, str]:
+def _text(opened: TfjsModel) -> dict[str, Any]:
+    """What gives the file back as it was."""
     try:
-        return {TEXT: text.decode("utf-8")}
+        sizes = [[file.size for file in group.files] for group in opened.groups]
+        return {TEXT: opened.text.decode("utf-8"), "shards": sizes}
     except UnicodeDecodeError:  # JSON may be UTF-16: such a model is written anew
         return {}
 

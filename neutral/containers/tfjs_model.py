@@ -172,16 +172,21 @@ def _read_groups(opened: TfjsModel, manifest: Sequence[Any]) -> None:
         opened.groups = (*opened.groups[:number], Group(tuple(paths), tuple(files), found))
 
 
-def _shard(model: Path, shard: object, names: set[str]) -> Path:
-    """A shard's path: a regular file below the folder of `model.json`, reached without links, named once."""
+def _plain(model: Path, shard: object, names: set[str]) -> str:
+    """A shard's path below the folder of `model.json`, which no other shard has."""
     if not isinstance(shard, str) or not shard or "\0" in shard or leads_outside(shard) or "\\" in shard:
         raise BadFile(Problem(str(model), f"a shard {shard!r}", "the name of a file beside model.json"))
     plain = "/".join(step for step in shard.split("/") if step not in ("", "."))
-    if plain in names or plain == model.name:
+    if not plain or plain in names or plain == model.name:
         raise BadFile(Problem(str(model), f"a shard {shard!r} named twice", "each shard once"))
     names.add(plain)
+    return plain
+
+
+def _shard(model: Path, shard: object, names: set[str]) -> Path:
+    """A shard that is there, reached without links."""
     path = model.parent
-    for step in plain.split("/"):
+    for step in _plain(model, shard, names).split("/"):
         path = path / step
         try:
             mode = path.lstat().st_mode
@@ -291,6 +296,55 @@ def write(
         _write_shards(out.parent, shards, (tensor for _, tensor in weights), force)
     with new_file(out, force) as file:
         file.write(json.dumps(document, separators=(",", ":")).encode())
+
+
+def write_again(
+    out: Path, text: bytes, sizes: Sequence[Any], tensors: Mapping[str, Tensor], force: bool = False
+) -> None:
+    """The model of a JSON that an archive kept: the same text, its shards of the `sizes` that they had.
+
+    The text is no more to be trusted than a file. What it lists must be exactly the tensors given.
+    """
+    document = parse_json(text, str(out), "JSON as TensorFlow.js writes it")
+    manifest = document.get("weightsManifest")
+    groups: list[tuple[list[tuple[str, int]], list[Tensor]]] = []
+    names: set[str] = set()
+    left = dict(tensors)
+    problems: list[Problem] = []
+    for number, group in enumerate(manifest if isinstance(manifest, list) else []):
+        given = group if isinstance(group, Mapping) else {}
+        order = []
+        for entry in given.get("weights") or []:
+            name = entry.get("name") if isinstance(entry, Mapping) else None
+            tensor = left.pop(name, None) if isinstance(name, str) else None
+            dtype = DTYPES.get(str(entry.get("dtype"))) if isinstance(entry, Mapping) else None
+            if tensor is None or dtype != tensor.dtype or list(tensor.shape) != entry.get("shape"):
+                problems.append(Problem(printable(name), "no such weight", "one for each that its JSON lists"))
+                continue
+            if "quantization" in entry:
+                quantization = read_quantization(printable(name), entry["quantization"], dtype)
+                if not quantization.holds(tensor):
+                    problems.append(Problem(printable(name), "values that its quantization cannot hold", "its own"))
+                tensor = quantization.quantized(tensor)
+            order.append(tensor)
+        shards = [_plain(out, shard, names) for shard in given.get("paths") or []]
+        told = sizes[number] if number < len(sizes) else []
+        groups.append((_sized(shards, told, sum(tensor.nbytes for tensor in order)), order))
+    problems += [Problem(name, "a weight that its JSON does not list", "none") for name in left]
+    raise_all(Refused, problems)
+    for pairs, order in groups:
+        _write_shards(out.parent, pairs, order, force)
+    with new_file(out, force) as file:
+        file.write(text)
+
+
+def _sized(shards: Sequence[str], told: Any, total: int) -> list[tuple[str, int]]:
+    """Shards and their sizes: those told, if they add up, else as the converter cuts them."""
+    known = isinstance(told, list) and len(told) == len(shards) and all(type(n) is int and n >= 0 for n in told)
+    if known and sum(told) == total:
+        return list(zip(shards, told, strict=True))
+    step = SHARD if SHARD * len(shards) >= total else -(-total // max(len(shards), 1))
+    return [(shard, max(0, min(step, total - step * i))) for i, shard in enumerate(shards)]
 
 
 def _write_shards(folder: Path, shards: Sequence[tuple[str, int]], tensors: Iterable[Tensor], force: bool) -> None:

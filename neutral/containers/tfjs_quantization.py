@@ -61,7 +61,9 @@ class Quantization:
         with np.errstate(all="ignore"):
             if self.name == "float16":
                 return values.astype(self.stored)
-            steps = np.rint((values.astype(np.float64) - self.low) / self.scale) if self.scale else np.zeros(values.shape)
+            steps = (
+                np.rint((values.astype(np.float64) - self.low) / self.scale) if self.scale else np.zeros(values.shape)
+            )
             return np.nan_to_num(np.clip(steps, 0, np.iinfo(self.stored).max)).astype(self.stored)
 
 

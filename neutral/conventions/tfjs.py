@@ -13,17 +13,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from neutral.conventions.forms import Convention, Form
+from neutral.conventions.forms import Convention, Form, Part
 from neutral.conventions.keras import KERAS
 
-WEIGHED = frozenset(
-    """Dense Conv1D Conv2D Conv3D Conv2DTranspose Conv3DTranspose DepthwiseConv2D SeparableConv2D Embedding
-    BatchNormalization LayerNormalization PReLU SimpleRNN LSTM GRU""".split()
-)
+WEIGHED = frozenset({
+    "Dense", "Conv1D", "Conv2D", "Conv3D", "Conv2DTranspose", "Conv3DTranspose", "DepthwiseConv2D", "SeparableConv2D",
+    "Embedding", "BatchNormalization", "LayerNormalization", "PReLU", "SimpleRNN", "LSTM", "GRU",
+})  # fmt: skip
 """Classes of TensorFlow.js 4.22 that have weights and a kind here."""
 
 VARIABLES = {("DepthwiseConv2D", "kernel"): "depthwise_kernel"}
 """Variables that Keras 3 has under another name: (class, Keras 3's name) -> the one here."""
+
+TEXT = "model_json"
+"""The key of a file's own JSON text among what an archive keeps of it."""
 
 
 def _forms() -> Iterator[Form]:
@@ -31,11 +34,12 @@ def _forms() -> Iterator[Form]:
         classes = tuple(cls for cls in form.classes if cls in WEIGHED)
         rows = [row for part in form.parts for row in part.rows]
         if classes and not any(row.native.startswith("side") for row in rows):
-            yield replace(form, classes=classes, parts=tuple(replace(part, rows=_renamed(classes[0], part.rows)) for part in form.parts))
+            yield replace(form, classes=classes, parts=tuple(_named(classes[0], part) for part in form.parts))
 
 
-def _renamed(cls, rows):
-    return tuple(replace(row, name=VARIABLES.get((cls, row.name), row.name)) for row in rows)
+def _named(cls: str, part: Part) -> Part:
+    rows = tuple(replace(row, name=VARIABLES.get((cls, row.name), row.name)) for row in part.rows)
+    return replace(part, rows=rows)
 
 
 TFJS = Convention(framework="tfjs", forms=tuple(_forms()), flatten=KERAS.flatten, deciding=KERAS.deciding)

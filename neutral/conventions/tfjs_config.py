@@ -42,9 +42,7 @@ def _ones(value: Any) -> bool:
 _PASSED_OVER: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
     "ReLU": {"negative_slope": _nothing, "threshold": _nothing},
     "DepthwiseConv2D": {"dilation_rate": _ones},
-    **dict.fromkeys(
-        ("Conv2DTranspose", "Conv3DTranspose"), {"dilation_rate": _ones, "output_padding": lambda value: value is None}
-    ),
+    **{f"Conv{n}DTranspose": {"dilation_rate": _ones, "output_padding": lambda value: value is None} for n in (2, 3)},
     **{
         f"Global{pool}Pooling{n}D": {"keepdims": _nothing} for pool in ("Average", "Max") for n in (1, 2)
     },
