@@ -24,7 +24,7 @@ from neutral.exporters.keras import config_slots
 from neutral.exporters.keras_graph import wired
 from neutral.native import NativeLayer, NativeModel, NativeTensor
 
-_KERAS = "2"
+_KERAS = "2.15.0"
 """The version of Keras in whose words a topology is written, whatever it says itself."""
 
 _OPTIMIZER = "optimizer"
@@ -70,7 +70,7 @@ def _model(opened: TfjsModel) -> NativeModel:
         layers=layers,
         ordered=ordered,
         collections={_OPTIMIZER: aside} if aside else {},
-        metadata={**_text(opened), "config": classes},
+        metadata={"config": classes, "metadata": _text(opened)},
         notes=tuple(notes),
         close=opened.close,
     )

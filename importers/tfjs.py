@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from neutral.containers.files import new_folder, refuse_inside, refuse_same
 from neutral.containers.tfjs_model import MODEL, open_tfjs, replace, write, write_again
@@ -63,8 +63,8 @@ def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = Fa
 
     if suffix_of(out) not in (*FOLDERS, ".json"):
         raise Unsupported(Problem(str(out), f"the suffix {out.suffix!r}", "a folder's name, .tfjs or .json"))
-    settings: Mapping[str, Any] = manifest.source.settings if manifest.source.framework == "tfjs" else {}
-    text, sizes = settings.get(TEXT), settings.get("shards")
+    kept = manifest.source.settings.get("metadata") if manifest.source.framework == "tfjs" else None
+    text, sizes = (kept.get(TEXT), kept.get("shards")) if isinstance(kept, Mapping) else (None, None)
     if isinstance(text, str) and model.format == "layers-model":
         aside = (tensor for tensors in model.collections.values() for tensor in tensors)
         tensors = {tensor.name: tensor.data for tensor in (*aside, *model.tensors())}

@@ -29,7 +29,6 @@ _ACTIVATIONS = {
     "silu": "swish",
     "swish": "swish",
     "celu": "elu",
-    "hard_sigmoid_0.2": "hard_sigmoid",
 }
 """Activation functions of Keras 3, by neutral's names, and what TensorFlow.js calls them."""
 
@@ -360,6 +359,10 @@ def _conv_transpose(call: Call) -> tuple[Step, ...]:
 
 def _prelu(call: Call) -> tuple[Step, ...]:
     return (Step("", "PReLU", {"shared_axes": call.config.get("shared_axes")}),)
+
+
+_RECURRENT_ACTIVATIONS = {**_ACTIVATIONS, "hard_sigmoid": "hard_sigmoid"}
+"""Inside a recurrent layer no other layer can stand; `tfjs_config` has seen to it that this one is 0.2 x + 0.5."""
 
 
 def recurrent_config(cls: str, config: Mapping[str, Any]) -> Config:
