@@ -17,7 +17,7 @@ from typing import Any
 from neutral.containers.tfjs_model import TfjsModel, Weight, open_tfjs
 from neutral.conventions.keras_config import Slot, unwired
 from neutral.conventions.keras_variables import own_variables
-from neutral.conventions.tfjs import TEXT, VARIABLES
+from neutral.conventions.tfjs import VARIABLES, kept
 from neutral.conventions.tfjs_config import as_keras2, model_of, outline
 from neutral.errors import BadFile, Problem, WrongUsage, printable
 from neutral.exporters.keras import config_slots
@@ -70,7 +70,7 @@ def _model(opened: TfjsModel) -> NativeModel:
         layers=layers,
         ordered=ordered,
         collections={_OPTIMIZER: aside} if aside else {},
-        metadata={"config": classes, "metadata": _text(opened)},
+        metadata={"config": classes, **_text(opened)},
         notes=tuple(notes),
         close=opened.close,
     )
@@ -81,7 +81,7 @@ def _text(opened: TfjsModel) -> dict[str, Any]:
     """What gives the file back as it was."""
     try:
         sizes = [[file.size for file in group.files] for group in opened.groups]
-        return {TEXT: opened.text.decode("utf-8"), "shards": sizes}
+        return kept(opened.text.decode("utf-8"), sizes)
     except UnicodeDecodeError:  # JSON may be UTF-16: such a model is written anew
         return {}
 

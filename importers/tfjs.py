@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from neutral.containers.files import new_folder, refuse_inside, refuse_same
 from neutral.containers.tfjs_model import MODEL, open_tfjs, replace, write, write_again
-from neutral.conventions.tfjs import TEXT
+from neutral.conventions.tfjs import own_text
 from neutral.errors import Problem, Refused, Unsupported
 from neutral.native import NativeLayer, NativeModel, Tensor
 from neutral.suffixes import suffix_of
@@ -63,13 +63,12 @@ def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = Fa
 
     if suffix_of(out) not in (*FOLDERS, ".json"):
         raise Unsupported(Problem(str(out), f"the suffix {out.suffix!r}", "a folder's name, .tfjs or .json"))
-    kept = manifest.source.settings.get("metadata") if manifest.source.framework == "tfjs" else None
-    text, sizes = (kept.get(TEXT), kept.get("shards")) if isinstance(kept, Mapping) else (None, None)
-    if isinstance(text, str) and model.format == "layers-model":
+    own = own_text(manifest.source.settings) if manifest.source.framework == "tfjs" else None
+    if own is not None and model.format == manifest.source.format:
         aside = (tensor for tensors in model.collections.values() for tensor in tensors)
         tensors = {tensor.name: tensor.data for tensor in (*aside, *model.tensors())}
         with _place(out, MODEL, force) as place:
-            write_again(place, text.encode(), sizes if isinstance(sizes, list) else [], tensors, force)
+            write_again(place, own[0].encode(), own[1], tensors, force)
         return
     names = layer_names(manifest)
     described = {"generatedBy": "neutral", "convertedBy": None}

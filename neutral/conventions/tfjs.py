@@ -10,8 +10,9 @@ A GRU applies its reset gate before the recurrent kernel and has one bias (`rese
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from neutral.conventions.forms import Convention, Form, Part
 from neutral.conventions.keras import KERAS
@@ -25,8 +26,25 @@ WEIGHED = frozenset({
 VARIABLES = {("DepthwiseConv2D", "kernel"): "depthwise_kernel"}
 """Variables that Keras 3 has under another name: (class, Keras 3's name) -> the one here."""
 
-TEXT = "model_json"
-"""The key of a file's own JSON text among what an archive keeps of it."""
+_TEXT, _SIZES = "model_json", "shards"
+
+
+def kept(text: str, sizes: list[list[int]]) -> dict[str, Any]:
+    """What an archive keeps of a file, to give it back byte for byte: its JSON, the sizes of its shards by group."""
+    return {"metadata": {_TEXT: text, _SIZES: sizes}}
+
+
+def own_text(settings: Mapping[str, Any]) -> tuple[str, list[Any]] | None:
+    """That JSON and those sizes out of an archive's settings, if they are there.
+
+    >>> own_text(kept("{}", [[4]]))
+    ('{}', [[4]])
+    """
+    found = settings.get("metadata")
+    if not isinstance(found, Mapping) or not isinstance(found.get(_TEXT), str):
+        return None
+    sizes = found.get(_SIZES)
+    return found[_TEXT], sizes if isinstance(sizes, list) else []
 
 
 def _forms() -> Iterator[Form]:
