@@ -40,8 +40,10 @@ MODEL = "model.json"
 SHARD = 4 << 20
 """Bytes of a shard at the most, as TensorFlow.js' own converter writes them."""
 
-_LARGEST_JSON = 64 << 20
+_LARGEST_JSON = 16 << 20
 _MOST_AXES = 32
+_MOST_WEIGHTS = 100_000
+_MOST_BYTES = 1 << 62
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
@@ -202,8 +204,10 @@ def _weights(where: str, entries: Sequence[Any], storage: _Joined, known: dict[s
     offset, total = 0, storage.nbytes
     for number, entry in enumerate(entries):
         name = entry.get("name") if isinstance(entry, Mapping) else None
-        if not isinstance(name, str) or not name:
-            raise BadFile(Problem(f"{where}.weights[{number}]", "a weight without a name", "a name"))
+        if not isinstance(name, str) or not _is_name(name):
+            raise BadFile(Problem(f"{where}.weights[{number}]", f"the name {name!r}", "a name, without NUL"))
+        if len(known) >= _MOST_WEIGHTS:
+            raise BadFile(Problem(where, f"more than {_MOST_WEIGHTS} weights", "fewer"))
         if name in known:
             raise BadFile(Problem(f"{where}: {printable(name)}", "two weights of this name", "each name once"))
         weight = _weight(f"{where}: {printable(name, 100)}", name, entry, storage, offset, total)
@@ -214,6 +218,10 @@ def _weights(where: str, entries: Sequence[Any], storage: _Joined, known: dict[s
         raise BadFile(
             Problem(where, f"shards of {total} bytes", f"the {offset} of its weights", "a shard is cut short or forged")
         )
+
+
+def _is_name(text: str) -> bool:
+    return bool(text) and "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _weight(where: str, name: str, entry: Json, storage: _Joined, offset: int, total: int) -> Weight:
@@ -227,7 +235,8 @@ def _weight(where: str, name: str, entry: Json, storage: _Joined, offset: int, t
         raise BadFile(Problem(where, f"the dtype {told!r}", f"one of {', '.join(DTYPES)}"))
     quantization = read_quantization(where, entry["quantization"], dtype) if "quantization" in entry else None
     kept = dtype if quantization is None else quantization.stored
-    if math.prod(shape) * kept.itemsize > total - offset:
+    widest = math.prod(n for n in shape if n) * 8
+    if math.prod(shape) * kept.itemsize > total - offset or widest > _MOST_BYTES:
         found = f"{kept.name} {tuple(shape)} at byte {offset}"
         raise BadFile(Problem(where, found, f"less than the {total} bytes of its shards", "a shard is cut short"))
     stored = Stored(storage, shape, kept, offset)
