@@ -111,6 +111,28 @@ BUILT_IN: tuple[Framework, ...] = (
         rebuilds=("model.onnx", "neutral.running:onnx_model"),
     ),
     Framework(
+        name="tfjs",
+        exporter="neutral.exporters.tfjs",
+        importer="neutral.importers.tfjs",
+        convention_at="neutral.conventions.tfjs:TFJS",
+        files=(
+            Format(
+                "layers-model",
+                "model.json and its shards (TensorFlow.js layers model)",
+                (".tfjs", ".json"),
+                whole=True,
+                folder=True,
+                bare=True,
+            ),
+        ),
+        target="neutral.importers.tfjs_config",
+        rewriter="neutral.importers.tfjs_rewriting",
+        signature=signatures.tfjs,
+        chain=is_sequential,
+        rebuilt_in=_KERAS_FIRST,
+        separator="/",
+    ),
+    Framework(
         name="numpy",
         exporter="neutral.exporters.numpy",
         importer="neutral.importers.numpy",

@@ -223,6 +223,13 @@ def paddle(probe: Probe) -> str | None:
     return "pdparams" if probe.container == "pickle" and holds_tables(probe.path) else None
 
 
+def tfjs(probe: Probe) -> str | None:
+    if probe.has("model.json"):
+        with Probe(probe.path / "model.json") as inner:
+            return tfjs(inner)
+    return "layers-model" if {"modelTopology", "weightsManifest"} & probe.json.keys() else None
+
+
 _TENSOR_OF_A_MODULE = re.compile(
     r"(weight|bias)(_[a-z0-9_]+)?|in_proj_(weight|bias)|running_(mean|var)|num_batches_tracked"
 )
