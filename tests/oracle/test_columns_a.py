@@ -3,6 +3,7 @@ come back."""
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import re
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,11 @@ def columns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Work
     yield started
     for worker in started.values():
         worker.stop()
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_the_examples_of_columns_are_true(column: str) -> None:
+    assert doctest.testmod(MODULES[column]) == doctest.TestResults(failed=0, attempted=3)
 
 
 @pytest.mark.parametrize("column", COLUMNS)
