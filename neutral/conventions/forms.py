@@ -20,7 +20,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from neutral.schema.kinds import KINDS
+from neutral.schema.kinds import KINDS, Layer
 
 Config = Mapping[str, Any]
 Sizes = Mapping[str, int]
@@ -128,13 +128,17 @@ def any_sizes(sizes: Sizes) -> bool:
 
 @dataclass(frozen=True)
 class Part:
-    """One canonical layer in a native one. `check` says whether the bound axis sizes can be true."""
+    """One canonical layer in a native one. `check` says whether the bound axis sizes can be true.
+
+    `any_reset`: a GRU of two biases whose reset gate may act before or after the product, as its config says.
+    """
 
     kind: str
     rows: tuple[Row, ...]
     suffix: str = ""
     attributes: Attributes = no_attributes
     check: Callable[[Sizes], bool] = any_sizes
+    any_reset: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,8 @@ class Form:
     """How the native `classes` store their layers.
 
     `applies` looks at the native config where there is one. `levels`: the single part repeats per level of a stack.
-    `guessable`: the form may be recognised from names and shapes where neither class nor hint is known.
+    `guessable`: the form may be recognised from names and shapes where neither class nor hint is known. `says`: the setting
+    to which it applies, as a hint tells it (`transpose_kernel=false`), where no file does. `vague`: nothing but that setting tells what the axes are.
     """
 
     classes: tuple[str, ...]
@@ -150,6 +155,8 @@ class Form:
     levels: bool = False
     guessable: bool = True
     applies: Callable[[Config], bool] = field(default=lambda config: True)
+    says: str = ""
+    vague: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,6 +167,7 @@ class Convention:
     `flatten`: how a Flatten orders what it joins, as a layout expression of `channel` and `position`.
     `deciding`: what of a layer's config and local shapes tells its form where class and canonical tensors do not.
     `auto_names`: the name that the framework gives to an unnamed layer of a class, without its number -> the class.
+    `kinds`: layer kinds that neutral does not have; only the convention of a plug-in has any.
     """
 
     framework: str
@@ -168,6 +176,7 @@ class Convention:
     build: Callable[[str, Config], tuple[Form, ...]] = field(default=lambda cls, config: ())
     deciding: Callable[[Config, Shapes], dict[str, Any]] = field(default=lambda config, shapes: {})
     auto_names: Mapping[str, str] = field(default_factory=dict)
+    kinds: tuple[type[Layer], ...] = ()
 
 
 def same_family(a: Convention, b: Convention) -> bool:
@@ -176,14 +185,15 @@ def same_family(a: Convention, b: Convention) -> bool:
 
 
 def layer(
-    kind: str,
+    kind: str | type[Layer],
     *rows: Row,
     attributes: Attributes = no_attributes,
     check: Callable[[Sizes], bool] = any_sizes,
     suffix: str = "",
 ) -> Part:
-    """A part, its required rows marked from the kind's own table."""
-    spec = KINDS[kind].parameters_of
+    """A part, its required rows marked from the kind's own table. A kind of a plug-in is given as its class."""
+    cls = KINDS[kind] if isinstance(kind, str) else kind
+    spec = cls.parameters_of
     marked = tuple(
         Row(
             r.role,
@@ -196,4 +206,4 @@ def layer(
         )
         for r in rows
     )
-    return Part(kind, marked, suffix, attributes, check)
+    return Part(str(cls.model_fields["kind"].default), marked, suffix, attributes, check)

@@ -17,7 +17,7 @@ from tests.columns.onnx import FORMATS as ONNX_FORMATS
 from tests.columns.paddle import BLIND as PADDLE_BLIND
 from tests.columns.tfjs import FORMATS as TFJS_FORMATS
 from tests.oracle import tfjs_runner
-from tests.oracle.by_hand import (
+from tests.oracle.by_hand_b import (
     attention_from_keras,
     gru_from_keras,
     rows_of,
