@@ -7,8 +7,8 @@
 >>> [row.name for row in column(cases()["nested"]).layers]
 ['body/one', 'body/deep/two', 'head']
 
-A row's class is a kind or an operation of tests/oracle/numpy_layers.py; its `args` are the settings, and the shapes of its
-`tensors` by role. Weights are plain: a weight or spectral norm is not a kind. A stacked recurrent layer is a layer a level.
+A row's class is a kind or an operation (`relu()`) of tests/oracle/numpy_layers.py; its `args` are the settings, and the shapes of
+its `tensors` by role. Weights are plain: a weight or spectral norm is not a kind. A stacked recurrent layer is a layer a level.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def level(cls: str, args: Arguments, into: int) -> Kind:
     unit, hidden = args["hidden_size"], args.get("proj_size", args["hidden_size"])
     front = (2,) if args.get("bidirectional") else ()
     gates = GATES[kind]
-    tensors = {"input_kernel": (*front, *gates, unit, into), "recurrent_kernel": (*front, *gates, unit, hidden)}
+    tensors: Shapes = {"input_kernel": (*front, *gates, unit, into), "recurrent_kernel": (*front, *gates, unit, hidden)}
     if args.get("bias", True):
         tensors["bias"] = (*front, 2, *gates, unit)
     if "proj_size" in args:
@@ -158,7 +158,7 @@ def level(cls: str, args: Arguments, into: int) -> Kind:
 
 def operation(name: str, **names: str) -> Callable[[Arguments], Kind]:
     """Something without weights; `names` are its settings by torch's names for them."""
-    return lambda args: (name, {ours: args[theirs] for ours, theirs in names.items() if theirs in args}, {})
+    return lambda args: (f"{name}()", {ours: args[theirs] for ours, theirs in names.items() if theirs in args}, {})
 
 
 KINDS: dict[str, Callable[[Arguments], Kind]] = {
@@ -228,7 +228,7 @@ def flat(rows: tuple[Layer, ...], prefix: str, names: set[str]) -> list[Layer]:
         name = prefix + row.name
         if row.cls == "Sequential":
             found += flat(row.inside, f"{name}/", names)
-        elif row.cls in names:
+        elif row.cls in names and row.cls != row.name:
             found.append(Layer(name, row.cls, {"tensors": {}}, of=row.of))
         elif row.cls.removesuffix("Cell") in RECURRENT:
             found += levels(row, name)

@@ -163,7 +163,8 @@ def gru_from_keras(theirs: Arrays) -> tuple[Arrays, Arrays]:
 
 def attention_from_keras(theirs: Arrays) -> tuple[Arrays, Arrays]:
     """Keras has (in, heads, dim), and (heads, dim, out) for the output."""
-    onnx, canonical = {}, {}
+    onnx: Arrays = {}
+    canonical: Arrays = {}
     for part, short in (("query", "q"), ("key", "k"), ("value", "v"), ("attention_output", "out")):
         kernel, bias = theirs[f"layer/{part}/kernel"], theirs[f"layer/{part}/bias"].ravel()
         matrix = kernel.reshape(len(kernel), -1) if part != "attention_output" else kernel.reshape(-1, kernel.shape[-1])

@@ -287,11 +287,17 @@ def last(x: Array, w: Weights) -> Array:
     return x[:, -1]
 
 
+KINDS = (
+    dense, bilinear, einsum_dense, conv, conv_transpose, embedding, batch_norm, layer_norm, group_norm, instance_norm,
+    rms_norm, prelu, attention,
+)  # fmt: skip
+OPERATIONS = (relu, tanh, nothing, flatten, unflatten, pad, max_pool, global_average_pool, concat, add, last)
+
 LAYERS: dict[str, Callable[..., Array]] = {
-    function.__name__: function
-    for function in (
-        relu, tanh, nothing, dense, bilinear, einsum_dense, conv, conv_transpose, embedding, batch_norm, layer_norm,
-        group_norm, instance_norm, rms_norm, prelu, attention, flatten, unflatten, pad, max_pool, global_average_pool,
-        concat, add, last,
-    )
-} | {"depthwise": conv, "simple_rnn": simple_rnn, "lstm": lstm, "gru": gru}  # fmt: skip
+    **{function.__name__: function for function in KINDS},
+    **{f"{function.__name__}()": function for function in OPERATIONS},
+    "depthwise": conv,
+    "simple_rnn": simple_rnn,
+    "lstm": lstm,
+    "gru": gru,
+}

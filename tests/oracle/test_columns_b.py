@@ -329,3 +329,17 @@ def test_double_precision(paddle_worker: Worker, numpy_worker: Worker) -> None:
 def test_a_case_that_a_framework_lacks_is_refused_with_the_reason(paddle_worker: Worker) -> None:
     with pytest.raises(OracleError, match="no RMSNorm layer"):
         paddle_worker.build("rms_norm", seed=1)
+
+
+TOGETHER = ("dense+lstm", "shared_layer+conv2d_flatten_dense", "text_classifier+attention", "nested+mlp+embedding")
+
+
+@pytest.mark.parametrize("framework", ["paddle", "onnx", "tfjs", "numpy"])
+@pytest.mark.parametrize("name", TOGETHER)
+def test_cases_put_together(name: str, framework: str, request: pytest.FixtureRequest) -> None:
+    worker = request.getfixturevalue(f"{framework}_worker")
+    if has(cases()[name], framework):
+        reloads(worker, name, equal=False)
+        parts = [part.name for part in cases()[name].parts]
+        alone = [len(worker.build(part, seed=1, formats=[]).weights) for part in parts]
+        assert len(worker.build(name, seed=1, formats=[]).weights) == sum(alone)
