@@ -12,8 +12,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from neutral.errors import Problem, Refused, raise_all
 from neutral.schema import layer_sizes
@@ -42,6 +45,12 @@ def layer_classes(manifest: Manifest) -> dict[str, NativeClass]:
             problems.extend(error.problems)
     raise_all(Refused, problems)
     return found
+
+
+def layer_states(cls: str, roles: Collection[str]) -> dict[str, npt.NDArray[np.int64]]:
+    """What a module's state dict holds beside its weights: a norm with running statistics counts its batches."""
+    counts = cls.startswith(("BatchNorm", "InstanceNorm")) and "running_mean" in roles
+    return {"num_batches_tracked": np.zeros((), np.int64)} if counts else {}
 
 
 def _uses(graph: Graph | None) -> dict[str, tuple[str, int | None]]:

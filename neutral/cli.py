@@ -70,7 +70,7 @@ From = Annotated[
     ),
 ]
 To = Annotated[
-    str | None, typer.Option("--to", metavar="FRAMEWORK", help=f"One of {', '.join(frameworks.FRAMEWORKS)}.")
+    str | None, typer.Option("--to", metavar="FRAMEWORK", help=f"One of {', '.join(frameworks.FRAMEWORKS.own)}.")
 ]
 Key = Annotated[
     str | None, typer.Option("--key", metavar="NAME", help="Which of several sets of weights in one checkpoint.")

@@ -22,11 +22,11 @@ from neutral import frameworks
 from neutral.archive import SUFFIX, Archive, Contents, Progress, describe, file_digest, open_archive, write_archive
 from neutral.building import build_model
 from neutral.containers.files import check_output, refuse_same
-from neutral.containers.torch_program import is_program
 from neutral.conventions.forms import same_family
 from neutral.doubts import agreed
 from neutral.errors import BadFile, Problem, Refused, Unsupported, WrongUsage, named, reworded
 from neutral.filling import fill_template, is_chain
+from neutral.framework import named_object
 from neutral.frameworks import ARCHIVE, FRAMEWORKS
 from neutral.journey import Journey
 from neutral.match import Pair, Side, named_pairs, pair_layers
@@ -286,20 +286,12 @@ def _import(
         )
     target = Path(out) if out is not None else default_output(contents, where, to, template)
     if template is not None:
-        framework, form = template_format(template)
-        if (
-            to is not None
-            and frameworks.framework(to).convention() is not framework.convention()
-            and to != framework.name
-        ):
-            raise WrongUsage(
-                Problem(str(template), f"a {framework.name} file", f"a {to} template", "correct --to or --into")
-            )
+        framework, form = template_format(template, to)
         check_suffix(target, template, form)
     else:
         framework = frameworks.writer_of(target, to)
         form = framework.written_as(target)
-    check_target(target, framework, force)
+    check_target(target, form, force)
     refuse_same(target, *(path for path in (where, template) if path is not None))
     with ExitStack() as stack:
         if template is not None:
@@ -387,13 +379,13 @@ def diff(a: Model, b: Model, *, key: str | None = None, key_b: str | None = None
 
     with ExitStack() as stack:
         left, right = _both(stack, a, b, key, key_b)
-        conventions = [origin_of(contents).convention() for contents in (left, right)]
-        alike = same_family(*conventions)
+        origins = [origin_of(contents) for contents in (left, right)]
+        alike = same_family(*(origin.convention() for origin in origins))
         paths = [[layer.path for layer in each.layers if layer.weights] for each in (left, right)]
         by_name = named_pairs(paths[0], paths[1], alike)
         sides = [
-            Side(each.layers, is_chain(each.ordered, each.source.settings, convention), each.graph)
-            for each, convention in zip((left, right), conventions, strict=True)
+            Side(each.layers, is_chain(each.ordered, each.source.settings, origin), each.graph)
+            for each, origin in zip((left, right), origins, strict=True)
         ]
         partners = _partners(sides, alike) or by_name
         ours, theirs, unsettled = agreed(left, right, partners)
@@ -473,64 +465,56 @@ def verify(
         return compare(left, right, input_shape=input_shape, seed=seed, tolerance=tolerance)
 
 
-_RUN_BY = {
-    ("torch", "pt"): "torch_module",
-    ("torch", "pt-legacy"): "torch_module",
-    ("keras", "keras"): "keras_model",
-    ("keras", "h5"): "keras_model",
-    ("tensorflow", "savedmodel"): "saved_model",
-}
-
-
-_REBUILT_AS = {"torch": "model.pt2", "keras": "model.keras"}
-
-
 def _runnable(path: Path, stack: ExitStack) -> Runnable:
     from neutral import running
 
-    if is_program(path):
-        return running.torch_program(path)
-    found = frameworks.detect(path)
+    name, form = frameworks.detect(path)
     with reworded("choose one: ", "export one of them and verify its archive: "):
         archive = export_model(path)
     with archive:
         reasons: list[Problem] = []
-        if found in _RUN_BY and path.is_dir() == (found[1] == "savedmodel"):
-            run: Callable[[Path, Manifest], Runnable] = getattr(running, _RUN_BY[found])
+        runner = None if name == ARCHIVE else FRAMEWORKS[name].runners.get(form)
+        if runner is not None and path.is_dir() == FRAMEWORKS[name].formats[form].folder:
+            run: Callable[[Path, Manifest], Runnable] = named_object(runner)
             try:
                 return run(path, archive.manifest)
             except (Refused, Unsupported) as error:
                 reasons += error.problems
         if archive.manifest.graph is None:
-            what = f"{found[0]} weights without a graph ({archive.manifest.no_graph()})"
+            what = f"{name} weights without a graph ({archive.manifest.no_graph()})"
             raise Refused(*reasons or [Problem(str(path), what, "a model that can be run", f"pass {running.RUNS}")])
         why = f" ({reasons[0].found})" if reasons else ""
         return _from_graph(archive, f"{path}, rebuilt from its graph{why}", stack)
 
 
 def _from_graph(archive: Archive, where: str, stack: ExitStack) -> Runnable:
-    """The graph of a model as a file of the source's framework, or of another that is installed."""
+    """The graph of a model as a file of a framework that is installed and can run it."""
     from neutral import running
 
     work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="neutral-")))
-    own = "torch" if archive.manifest.source.framework in ("torch", "safetensors", "numpy") else "keras"
     problems: list[Problem] = []
-    for framework in sorted(_REBUILT_AS, key=lambda name: name != own):
-        if not running.installed(framework):
+    for name in origin_of(archive.contents).rebuilt_in:
+        if not running.installed(name):
             problems.append(
-                Problem(where, f"{framework} missing", "it, to run the model", f"install neutral-weights[{framework}]")
+                Problem(where, f"{name} missing", "it, to run the model", f"install neutral-weights[{name}]")
             )
             continue
-        file = work / _REBUILT_AS[framework]
+        rebuilds = FRAMEWORKS[name].rebuilds
+        assert rebuilds is not None, name
+        file = work / rebuilds[0]
         try:
-            import_model(archive, to=framework, out=file)
-            if framework == "torch":
-                built = running.torch_program(file, archive.manifest)
-            else:
-                with export_model(file) as again:
-                    built = running.keras_model(file, again.manifest)
+            import_model(archive, to=name, out=file)
+            built: Runnable = named_object(rebuilds[1])(file, _manifest_of(file, archive))
         except (Refused, Unsupported) as error:
             problems += error.problems
             continue
         return replace(built, where=f"{where}, {built.where.rpartition(', ')[2]}")
     raise Refused(*problems)
+
+
+def _manifest_of(rebuilt: Path, archive: Archive) -> Manifest:
+    """What a rebuilt file says of its own graph, in its framework's names; else what the archive says."""
+    with suppress(BadFile, Refused, Unsupported), export_model(rebuilt) as again:
+        if again.manifest.graph is not None:
+            return again.manifest
+    return archive.manifest

@@ -16,7 +16,7 @@ from neutral.canonical import CanonicalLayer
 from neutral.conventions.forms import Convention, Form, same_family
 from neutral.doubts import as_known, flatten_remark, reconciled, source_told, tells_wiring, unknown_problem
 from neutral.errors import NeutralError, Problem, Refused, named, raise_all
-from neutral.frameworks import FRAMEWORKS, Framework
+from neutral.framework import Framework
 from neutral.journey import Journey
 from neutral.match import Pairing, Side, differing_settings, idle_patterns, pair_layers
 from neutral.native import NativeLayer, NativeModel
@@ -36,13 +36,14 @@ def fill_template(
 ) -> None:
     """Pair an archive with a template and collect, by native name, the template's tensors with the archive's weights."""
     convention = framework.convention()
-    origin = origin_of(contents).convention()
+    source = origin_of(contents)
+    origin = source.convention()
     known = read_layers(template, convention)
     theirs = [layer for _, layers in known for layer in layers]
     alike = same_family(origin, convention)
     pairing = pair_layers(
-        Side(contents.layers, is_chain(contents.ordered, contents.source.settings, origin), contents.graph),
-        Side(theirs, is_chain(template.ordered, template.metadata, convention), template.graph),
+        Side(contents.layers, is_chain(contents.ordered, contents.source.settings, source), contents.graph),
+        Side(theirs, is_chain(template.ordered, template.metadata, framework), template.graph),
         mapping=mapping,
         allow_unused=allow_unused,
         allow_missing=allow_missing,
@@ -86,24 +87,9 @@ def _compare_surroundings(
     journey.warnings += remarks
 
 
-def is_chain(ordered: bool, settings: Mapping[str, Any], convention: Convention) -> bool:
-    """True if the order of the layers is that of computation and no two of them stand side by side.
-
-    That is so in a Sequential. Another Keras model may branch; then its graph tells which layers follow each other.
-    """
-    if convention is FRAMEWORKS["torch"].convention():
-        return ordered
-    config = settings.get("config")
-    return ordered and isinstance(config, Mapping) and _sequential(config)
-
-
-def _sequential(config: Mapping[str, Any]) -> bool:
-    if config.get("class_name") != "Sequential":
-        return False
-    inner = config.get("config")
-    layers = inner.get("layers", ()) if isinstance(inner, Mapping) else inner or ()
-    models = [each for each in layers if isinstance(each, Mapping) and "layers" in (each.get("config") or {})]
-    return all(_sequential(each) for each in models)
+def is_chain(ordered: bool, settings: Mapping[str, Any], framework: Framework) -> bool:
+    """True if the order of the layers is that of computation and no two of them stand side by side."""
+    return ordered and framework.chain(settings)
 
 
 def _fill_layer(

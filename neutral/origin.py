@@ -11,7 +11,8 @@ from neutral.canon import native_tensors, source_binding
 from neutral.canonical import CanonicalLayer
 from neutral.conventions.forms import Form
 from neutral.errors import Problem, Refused, Unsupported, an, raise_all
-from neutral.frameworks import FRAMEWORKS, Framework
+from neutral.framework import Framework
+from neutral.frameworks import FRAMEWORKS
 from neutral.native import NativeLayer, NativeModel, NativeTensor
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from neutral import frameworks
 from neutral.archive import Contents
 from neutral.containers.files import check_output
-from neutral.containers.torch_program import is_program
 from neutral.errors import BadFile, NeutralError, Problem, Refused, WrongUsage, misread, reworded
-from neutral.frameworks import ARCHIVE, FRAMEWORKS, Format, Framework
+from neutral.framework import Format, Framework
+from neutral.frameworks import ARCHIVE, FRAMEWORKS
 from neutral.native import NativeModel, Tensor, Witnessed
 from neutral.suffixes import suffix_of, without_suffix
 
@@ -33,13 +33,21 @@ def witnessed(model: NativeModel) -> tuple[NativeModel, dict[str, Witnessed]]:
     return replace(model, layers=tuple(layers)), found
 
 
-def template_format(template: Path) -> tuple[Framework, Format]:
+def template_format(template: Path, to: str | None = None) -> tuple[Framework, Format]:
+    """What a template is. Where its content does not say whose it is, `to` does."""
     name, found = frameworks.detect(template)
     if name == ARCHIVE:
         raise WrongUsage(
             Problem(str(template), "an archive as the template", "a framework's own file", "name a model to be filled")
         )
-    return FRAMEWORKS[name], FRAMEWORKS[name].formats[found]
+    held = FRAMEWORKS[name]
+    wanted = held if to is None else frameworks.framework(to)
+    if to in (None, name) or held.name in wanted.also or wanted.convention() is held.convention():
+        return held, held.formats[found]
+    for form in wanted.formats.values():
+        if form.shared and suffix_of(template) in form.suffixes:
+            return wanted, form
+    raise WrongUsage(Problem(str(template), f"a {name} file", f"a {to} template", "correct --to or --into"))
 
 
 def default_output(contents: Contents, where: Path | None, to: str | None, template: Path | None) -> Path:
@@ -47,12 +55,13 @@ def default_output(contents: Contents, where: Path | None, to: str | None, templ
     if where is None:
         raise WrongUsage(Problem("out", "no output named", "a path", "name the file to write"))
     if template is not None:
-        return beside(where, _suffix_of_a_copy(template))
+        return beside(where, _suffix_of_a_copy(template, to))
     if to is None:
         raise WrongUsage(
             Problem("import", "neither a framework nor an output", "--to FRAMEWORK or -o OUT", "name one of them")
         )
-    return beside(where, frameworks.framework(to).usual(whole=_has_graph(contents)).suffixes[0])
+    wanted = frameworks.framework(to)
+    return beside(where, wanted.usual(whole=_has_graph(contents, wanted)).suffixes[0])
 
 
 def beside(source: Path, suffix: str) -> Path:
@@ -64,11 +73,11 @@ def beside(source: Path, suffix: str) -> Path:
     return named.with_name((without_suffix(named) if has_suffix else named.name) + suffix)
 
 
-def _suffix_of_a_copy(template: Path) -> str:
+def _suffix_of_a_copy(template: Path, to: str | None) -> str:
     """The template's own suffix if files of its format have it, else their usual one; none, if a copy is a folder."""
-    _, form = template_format(template)
+    _, form = template_format(template, to)
     own = suffix_of(template)
-    if form.folder:
+    if form.folder or template.is_dir():
         return own if template.is_dir() and own in form.suffixes else ""
     return own if own in form.suffixes else form.suffixes[0]
 
@@ -89,19 +98,19 @@ def check_suffix(target: Path, template: Path, form: Format) -> None:
     )
 
 
-def _has_graph(contents: Contents) -> bool:
-    return contents.graph is not None or (contents.source.framework == "keras" and keras3_config(contents))
+def _has_graph(contents: Contents, wanted: Framework) -> bool:
+    """Whether a whole model can be written: from a graph, or as its source described it."""
+    if contents.graph is not None:
+        return True
+    source = FRAMEWORKS.get(contents.source.framework)
+    settings, usual = contents.source.settings, wanted.usual(whole=True)
+    return source is not None and source.describes(settings, contents.source.format, usual)
 
 
-def keras3_config(contents: Contents) -> bool:
-    config = contents.source.settings.get("config")
-    return isinstance(config, dict) and "module" in config
-
-
-def check_target(target: Path, framework: Framework, force: bool) -> None:
+def check_target(target: Path, form: Format, force: bool) -> None:
     check_output(target, force)
-    if framework.name == "tensorflow":
-        check_output(target.with_name(f"{target.name}.index"), force)
+    for end in form.beside:
+        check_output(target.with_name(f"{target.name}{end}"), force)
 
 
 @contextmanager
@@ -171,11 +180,7 @@ def compare_written(
 
     A tensor is found by its name, or, in a new file whose format names tensors in its own way, by its layer and local
     name. What has neither (a layer's name that the format had to change) must be there under another one.
-
-    No reader reads a program of torch.export: `importers.torch_export` compares what it wrote before it names the file.
     """
-    if is_program(written):
-        return
     places = {
         t.name: (layer.path, local) for layer in (built.layers if built else ()) for local, t in layer.tensors.items()
     }

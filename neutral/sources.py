@@ -17,7 +17,8 @@ from neutral.canonical import CanonicalLayer
 from neutral.containers.files import leads_outside
 from neutral.conventions.forms import Convention
 from neutral.errors import BadFile, Problem, Refused, WrongUsage, an, raise_all
-from neutral.frameworks import ARCHIVE, FRAMEWORKS, Framework
+from neutral.framework import Framework
+from neutral.frameworks import ARCHIVE, FRAMEWORKS
 from neutral.native import NativeModel
 from neutral.origin import native_again, origin_of
 from neutral.schema.kinds import KINDS
@@ -27,11 +28,13 @@ Model = str | os.PathLike[str] | object
 
 
 def check_kinds(kinds: Mapping[str, str] | None) -> None:
-    known = sorted(kind for kind in KINDS if kind != "unknown")
-    raise_all(
-        WrongUsage,
-        (Problem(f"kind of {pattern}", f"{kind!r}", f"one of {', '.join(known)}", "correct the kind") for pattern, kind in (kinds or {}).items() if kind not in known),
-    )  # fmt: skip
+    wrong = {pattern: kind for pattern, kind in (kinds or {}).items() if kind == "unknown" or kind not in KINDS}
+    if wrong:
+        known = ", ".join(sorted(kind for kind in KINDS if kind != "unknown"))
+        told = (
+            Problem(f"kind of {at}", f"{kind!r}", f"one of {known}", "correct the kind") for at, kind in wrong.items()
+        )
+        raise_all(WrongUsage, told)
 
 
 _CHANNELS = re.compile(r"none|(?!$)(?P<in>[1-9]\d{0,17})?(:(?P<out>[1-9]\d{0,17}))?", re.ASCII)
@@ -104,37 +107,14 @@ def _refuse_key(where: str, key: str | None) -> None:
         )
 
 
-_TENSOR_OF_A_MODULE = re.compile(
-    r"(weight|bias)(_[a-z0-9_]+)?|in_proj_(weight|bias)|running_(mean|var)|num_batches_tracked"
-)
-
-
-def _is_state_dict(model: Mapping[Any, Any]) -> bool:
-    """True if the names are a torch module's: levels with dots between them, or tensors of the module itself.
-
-    >>> _is_state_dict({"fc.weight": 0, "bias": 0}), _is_state_dict({"fc/kernel": 0}), _is_state_dict({"x": 0})
-    (True, False, False)
-    """
-    return bool(model) and all(
-        isinstance(name, str) and "/" not in name and ("." in name or _TENSOR_OF_A_MODULE.fullmatch(name) is not None)
-        for name in model
-    )
-
-
 def _live_framework(model: object, format: str | None) -> str:
-    """The framework of a live object, told by the modules of its classes: nothing is imported for it."""
-    if isinstance(model, Mapping):
-        if format:
-            return frameworks.by_format(format)[0]
-        return "torch" if _is_state_dict(model) else "numpy"
-    for cls in type(model).__mro__:
-        root = cls.__module__.partition(".")[0]
-        if root == "torch" and cls.__name__ == "Module":
-            return "torch"
-        if root in ("keras", "tf_keras") and cls.__name__ == "Layer":
-            return "keras"
-        if root == "tensorflow" and cls.__name__ in ("Module", "AutoTrackable"):
-            return "tensorflow"
+    """The framework of a live object: the one that its classes name, or for a dict of arrays the one that the user names."""
+    if isinstance(model, Mapping) and format:
+        return frameworks.by_format(format)[0]
+    for some in FRAMEWORKS.in_turn():
+        for known in some.values():
+            if known.live(model):
+                return known.name
     raise WrongUsage(
         Problem(
             "source",
@@ -158,8 +138,8 @@ def canonical_contents(
     kinds: Mapping[str, str] | None,
     flatten: Mapping[str, Mapping[str, int]] | None,
 ) -> Contents:
-    # What a .npz of ours says of its Flattens may be what was once taken for granted, not known.
-    certain = native.format != "npz"
+    # What a canonical file of ours says of its Flattens may be what was once taken for granted, not known.
+    certain = not framework.canonical
     pairs = read_layers(native, framework.convention(), kinds=kinds, flatten=flatten, certain=certain)
     layers = tuple(layer for _, found in pairs for layer in found if layer.tensors)
     if not any(layer.weights for layer in layers):
@@ -186,7 +166,7 @@ def canonical_contents(
     return Contents(layers, source, native.graph, native.ordered, native.collections, (), native.notes)
 
 
-_KEPT = ("config", "keras_version", "object_graph", "prefix", "metadata", "order", "copies", "strings")
+_KEPT = ("config", "keras_version", "object_graph", "prefix", "metadata", "order", "copies", "strings", "provenance")
 """What of a reader's metadata the archive keeps, for the writer of the same format."""
 
 

@@ -13,11 +13,17 @@ A layer of two directions has the axis `direction` in front of all others.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from functools import cached_property
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, PlainSerializer, PlainValidator, Tag
+from pydantic.json_schema import SkipJsonSchema
 
+from neutral.errors import Problem, WrongUsage, raise_all
 from neutral.schema.base import Strict
 
 Evidence = Literal["class", "graph", "hint", "name", "none"]
@@ -318,10 +324,67 @@ AnyLayer = Annotated[
     Field(discriminator="kind"),
 ]
 
-KINDS: dict[str, type[Layer]] = {
-    cls.model_fields["kind"].default: cls
-    for cls in (
-        Dense, Conv, Depthwise, ConvTranspose, Embedding, BatchNorm, LayerNorm, GroupNorm, InstanceNorm, RMSNorm,
-        PReLU, SimpleRNN, LSTM, GRU, Attention, EinsumDense, Bilinear, Unknown,
-    )
-}  # fmt: skip
+
+class Kinds(Mapping[str, type[Layer]]):
+    """Layer classes by kind: neutral's own, then those that the conventions of plug-ins bring along (see plugins.py)."""
+
+    def __init__(self, own: tuple[type[Layer], ...]) -> None:
+        self.own = {_kind(cls): cls for cls in own}
+
+    @cached_property
+    def added(self) -> Mapping[str, type[Layer]]:
+        """The kinds of plug-ins. Looked for once, when a kind is asked for that is not neutral's own."""
+        found: dict[str, type[Layer]] = {}
+        problems = []
+        for entry in entry_points(group="neutral.conventions"):
+            for cls in getattr(entry.load(), "kinds", ()):
+                kind = _kind(cls)
+                if kind in self.own or kind in found:
+                    problems.append(
+                        Problem(f"plug-in {entry.name}", f"the kind {kind!r}, which is there", "a name of its own")
+                    )
+                found[kind] = cls
+        raise_all(WrongUsage, problems)
+        return found
+
+    def __getitem__(self, kind: str) -> type[Layer]:
+        return self.own[kind] if kind in self.own else self.added[kind]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.own
+        yield from self.added
+
+    def __len__(self) -> int:
+        return len(self.own) + len(self.added)
+
+
+def _kind(cls: type[Layer]) -> str:
+    return str(cls.model_fields["kind"].default)
+
+
+KINDS = Kinds((
+    Dense, Conv, Depthwise, ConvTranspose, Embedding, BatchNorm, LayerNorm, GroupNorm, InstanceNorm, RMSNorm,
+    PReLU, SimpleRNN, LSTM, GRU, Attention, EinsumDense, Bilinear, Unknown,
+))  # fmt: skip
+
+
+def _whose(layer: Any) -> str:
+    kind = layer.get("kind") if isinstance(layer, dict) else getattr(layer, "kind", None)
+    return "added" if isinstance(kind, str) and kind not in KINDS.own and kind in KINDS else "own"
+
+
+def _as_its_kind(layer: Any) -> Layer:
+    """A layer by the class of its kind. Lists stand for tuples here: this is JSON that pydantic has parsed."""
+    return layer if isinstance(layer, Layer) else KINDS[layer["kind"]].model_validate_json(json.dumps(layer))
+
+
+def _by_its_class(layer: Layer) -> dict[str, Any]:
+    return layer.model_dump(mode="json")
+
+
+if TYPE_CHECKING:
+    # To a type checker a plug-in's layer is one of neutral's kinds: what is done with all of them may be done with it.
+    StoredLayer = AnyLayer
+else:
+    _AddedLayer = Annotated[Layer, PlainValidator(_as_its_kind), PlainSerializer(_by_its_class), Tag("added")]
+    StoredLayer = Annotated[Annotated[AnyLayer, Tag("own")] | SkipJsonSchema[_AddedLayer], Discriminator(_whose)]

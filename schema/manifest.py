@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from neutral.errors import BadFile, Problem
 from neutral.schema.base import Strict
 from neutral.schema.graph import Graph
-from neutral.schema.kinds import AnyLayer, Parameter, Sha256
+from neutral.schema.kinds import Parameter, Sha256, StoredLayer
 
 FORMAT_VERSION = "1.0"
 _NO_DIGEST = "0" * 64
@@ -47,7 +47,7 @@ class Manifest(Strict):
 
     format_version: Annotated[str, Field(pattern=r"^\d+\.\d+$")] = FORMAT_VERSION
     source: Source
-    layers: tuple[AnyLayer, ...]
+    layers: tuple[StoredLayer, ...]
     weights_digest: Sha256
     manifest_digest: Sha256 = _NO_DIGEST
     ordered: bool = False

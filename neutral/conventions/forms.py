@@ -20,7 +20,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from neutral.schema.kinds import KINDS
+from neutral.schema.kinds import KINDS, Layer
 
 Config = Mapping[str, Any]
 Sizes = Mapping[str, int]
@@ -164,6 +164,7 @@ class Convention:
     `flatten`: how a Flatten orders what it joins, as a layout expression of `channel` and `position`.
     `deciding`: what of a layer's config and local shapes tells its form where class and canonical tensors do not.
     `auto_names`: the name that the framework gives to an unnamed layer of a class, without its number -> the class.
+    `kinds`: layer kinds that neutral does not have; only the convention of a plug-in has any.
     """
 
     framework: str
@@ -172,6 +173,7 @@ class Convention:
     build: Callable[[str, Config], tuple[Form, ...]] = field(default=lambda cls, config: ())
     deciding: Callable[[Config, Shapes], dict[str, Any]] = field(default=lambda config, shapes: {})
     auto_names: Mapping[str, str] = field(default_factory=dict)
+    kinds: tuple[type[Layer], ...] = ()
 
 
 def same_family(a: Convention, b: Convention) -> bool:
@@ -180,14 +182,15 @@ def same_family(a: Convention, b: Convention) -> bool:
 
 
 def layer(
-    kind: str,
+    kind: str | type[Layer],
     *rows: Row,
     attributes: Attributes = no_attributes,
     check: Callable[[Sizes], bool] = any_sizes,
     suffix: str = "",
 ) -> Part:
-    """A part, its required rows marked from the kind's own table."""
-    spec = KINDS[kind].parameters_of
+    """A part, its required rows marked from the kind's own table. A kind of a plug-in is given as its class."""
+    cls = KINDS[kind] if isinstance(kind, str) else kind
+    spec = cls.parameters_of
     marked = tuple(
         Row(
             r.role,
@@ -200,4 +203,4 @@ def layer(
         )
         for r in rows
     )
-    return Part(kind, marked, suffix, attributes, check)
+    return Part(str(cls.model_fields["kind"].default), marked, suffix, attributes, check)

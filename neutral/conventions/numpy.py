@@ -41,24 +41,31 @@ def _reparametrized(kind: str) -> tuple[tuple[Row, ...], ...]:
     )
 
 
-def _forms() -> tuple[Form, ...]:
-    forms = []
-    for kind, cls in KINDS.items():
-        if kind == "unknown":
-            continue
-        plain = tuple(Row(role, role, role_expression(kind, role)) for role in cls.parameters_of)
-        rows = [_vectors(plain), plain] if plain[0].native == "..." else [plain, *_reparametrized(kind)]
-        forms += [Form((kind,), (layer(kind, *each, attributes=_attributes),), guessable=False) for each in rows]
-        if "direction" in _RECURRENT.get(kind, ""):
-            both = tuple(
-                Row(role, role, f"direction {role_expression(kind, role)}", f"direction {role_expression(kind, role)}")
-                for role in cls.parameters_of
-            )
-            part = layer(kind, *both, attributes=_attributes, check=_two_directions)
-            forms.append(Form((kind,), (part,), guessable=False))
+def _forms_of(kind: str) -> tuple[Form, ...]:
+    roles = KINDS[kind].parameters_of
+    plain = tuple(Row(role, role, role_expression(kind, role)) for role in roles)
+    rows = [_vectors(plain), plain] if plain[0].native == "..." else [plain, *_reparametrized(kind)]
+    forms = [Form((kind,), (layer(kind, *each, attributes=_attributes),), guessable=False) for each in rows]
+    if "direction" in _RECURRENT.get(kind, ""):
+        both = tuple(
+            Row(role, role, f"direction {role_expression(kind, role)}", f"direction {role_expression(kind, role)}")
+            for role in roles
+        )
+        part = layer(kind, *both, attributes=_attributes, check=_two_directions)
+        forms.append(Form((kind,), (part,), guessable=False))
     return tuple(forms)
+
+
+def _of_plugins(cls: str, config: Config) -> tuple[Form, ...]:
+    """The forms of a kind that a plug-in brings along."""
+    return _forms_of(cls) if cls not in KINDS.own and cls in KINDS else ()
 
 
 _RECURRENT = dict.fromkeys(("simple_rnn", "lstm", "gru"), "direction")
 
-NUMPY = Convention(framework="numpy", forms=_forms(), flatten="channel position")
+NUMPY = Convention(
+    framework="numpy",
+    forms=tuple(form for kind in KINDS.own if kind != "unknown" for form in _forms_of(kind)),
+    flatten="channel position",
+    build=_of_plugins,
+)

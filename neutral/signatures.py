@@ -1,0 +1,218 @@
+"""What a file or folder is, by its content: a `Probe` looks at it once, and each framework's signature looks at the probe.
+
+>>> import pathlib, tempfile
+>>> path = pathlib.Path(tempfile.mkdtemp()) / "x.npz"
+>>> with zipfile.ZipFile(path, "w") as made:
+...     made.writestr("a.npy", b"")
+>>> with Probe(path) as probe:
+...     probe.container, numpy(probe), keras(probe)
+('zip', 'npz', None)
+
+A signature gives the name of the framework's format, or None. It must be sure: what two frameworks could both have written
+is left to `--from`. `live` objects are told by the modules of their classes. Nothing is imported for either.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from neutral.containers.files import SourceFile
+from neutral.containers.torch_program import holds_program
+from neutral.containers.zip import ZipSource
+from neutral.errors import NeutralError
+from neutral.suffixes import suffix_of
+
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
+_SSTABLE = bytes.fromhex("57fb808b247547db")
+_LONGEST_JSON = 256 << 20
+
+
+class Probe:
+    """A file or folder that is looked at: each look is made once, when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.is_folder = path.is_dir()
+        self._file = None if self.is_folder else SourceFile(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    @property
+    def size(self) -> int:
+        return 0 if self._file is None else self._file.size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """As many of these bytes as the file has."""
+        if self._file is None or offset >= self.size:
+            return b""
+        return self._file.read(offset, min(length, self.size - offset))
+
+    @cached_property
+    def head(self) -> bytes:
+        return self.read(0, 64)
+
+    @cached_property
+    def container(self) -> str:
+        """`folder`, `safetensors`, `zip`, `hdf5`, `sstable`, `pickle`, `tar`, `json`, or nothing known."""
+        if self._file is None:
+            return "folder"
+        # The length of a safetensors header may begin with the bytes of any other format; it ends with zeros.
+        if self.head[6:9] == b"\0\0{":
+            return "safetensors"
+        if self.head.startswith(b"PK"):
+            return "zip"
+        if any(self.read(at, 8) == _HDF5 for at in (0, 512, 1024, 2048)):
+            return "hdf5"
+        if self.size >= 48 and self.read(self.size - 8, 8) == _SSTABLE:
+            return "sstable"
+        if self.head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            return "pickle"
+        if self.read(257, 5) == b"ustar":
+            return "tar"
+        if self.head.lstrip()[:1] == b"{":
+            return "json"
+        return "safetensors" if self.head[8:].lstrip()[:1] == b"{" else ""
+
+    @cached_property
+    def members(self) -> tuple[str, ...]:
+        """The names in a zip; nothing for another file."""
+        return tuple(ZipSource(self._file).members) if self.container == "zip" and self._file is not None else ()
+
+    def has(self, *names: str) -> bool:
+        """Whether a folder has files of all these names."""
+        return self.is_folder and all((self.path / name).is_file() for name in names)
+
+    def any(self, pattern: str) -> bool:
+        """Whether a folder has an entry that fits a glob."""
+        return self.is_folder and any(self.path.glob(pattern))
+
+    @cached_property
+    def json(self) -> Mapping[str, Any]:
+        """The content of a JSON object; nothing for another file, or a broken one."""
+        if self.container != "json" or self.size > _LONGEST_JSON:
+            return {}
+        try:
+            found = json.loads(self.read(0, self.size))
+        except (ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def safetensors(self) -> tuple[Mapping[str, str], tuple[str, ...]]:
+        """(metadata, names) of a safetensors file; nothing for another file, or a broken one."""
+        if self.container != "safetensors":
+            return {}, ()
+        from neutral.containers.safetensors import open_safetensors
+
+        try:
+            opened = open_safetensors(self.path)
+        except NeutralError:
+            return {}, ()
+        try:
+            return opened.metadata, tuple(opened.tensors)
+        finally:
+            opened.close()
+
+
+Signature = Callable[[Probe], str | None]
+Live = Callable[[object], bool]
+
+
+def never(of: object) -> None:
+    """The signature of a framework whose files are only known by `--from`."""
+    return
+
+
+def instance_of(*classes: tuple[str, str]) -> Live:
+    """True for objects of a class (package, name) or below it, told by their own class' ancestors."""
+
+    def test(model: object) -> bool:
+        ancestors = {(cls.__module__.partition(".")[0], cls.__name__) for cls in type(model).__mro__}
+        return not ancestors.isdisjoint(classes)
+
+    return test
+
+
+# --- the frameworks ---
+
+
+def torch(probe: Probe) -> str | None:
+    if probe.container in ("pickle", "tar"):
+        return "pt-legacy"
+    if any(name.rpartition("/")[2] == "data.pkl" for name in probe.members):
+        return "pt"
+    if holds_program(probe.members):
+        return "pt2"
+    shards = probe.json.get("weight_map")
+    if isinstance(shards, dict) and shards and all(str(file).endswith(".bin") for file in shards.values()):
+        return "bin-shards"
+    beside = probe.has("pytorch_model.bin") or probe.any("*.bin.index.json")
+    return "bin-shards" if beside and not probe.any("*.safetensors") else None
+
+
+def keras(probe: Probe) -> str | None:
+    if probe.container == "hdf5":
+        return "weights.h5" if suffix_of(probe.path) == ".weights.h5" else "h5"
+    weights = ("model.weights.h5", "model.weights.npz")
+    if "config.json" in probe.members and any(name in probe.members for name in weights):
+        return "keras"
+    return "keras-folder" if probe.has("config.json", "model.weights.h5") else None
+
+
+def tensorflow(probe: Probe) -> str | None:
+    if probe.has("saved_model.pb"):
+        return "savedmodel"
+    return "checkpoint" if probe.container == "sstable" or probe.has("checkpoint") else None
+
+
+def numpy(probe: Probe) -> str | None:
+    return "npz" if probe.members and all(name.endswith(".npy") for name in probe.members) else None
+
+
+def safetensors(probe: Probe) -> str | None:
+    if probe.container == "safetensors":
+        return "safetensors"
+    if probe.any("*.safetensors.index.json") or "weight_map" in probe.json:
+        return "shards"
+    return "safetensors" if probe.any("*.safetensors") else None
+
+
+_TENSOR_OF_A_MODULE = re.compile(
+    r"(weight|bias)(_[a-z0-9_]+)?|in_proj_(weight|bias)|running_(mean|var)|num_batches_tracked"
+)
+
+
+def is_state_dict(model: Mapping[Any, Any]) -> bool:
+    """True if the names are a torch module's: levels with dots between them, or tensors of the module itself.
+
+    >>> is_state_dict({"fc.weight": 0, "bias": 0}), is_state_dict({"fc/kernel": 0}), is_state_dict({"x": 0})
+    (True, False, False)
+    """
+    return bool(model) and all(
+        isinstance(name, str) and "/" not in name and ("." in name or _TENSOR_OF_A_MODULE.fullmatch(name) is not None)
+        for name in model
+    )
+
+
+def live_torch(model: object) -> bool:
+    """A torch.nn.Module, or a dict of arrays with a module's names."""
+    return is_state_dict(model) if isinstance(model, Mapping) else instance_of(("torch", "Module"))(model)
+
+
+def live_arrays(model: object) -> bool:
+    """A dict of arrays that no framework's names are in."""
+    return isinstance(model, Mapping)

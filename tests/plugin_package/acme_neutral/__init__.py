@@ -1,0 +1,1 @@
+"""A framework that neutral does not know, added by a package of somebody else. Its files are JSON."""
