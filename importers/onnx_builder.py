@@ -147,8 +147,11 @@ class Call:
         suffix: str = "",
         **attributes: Any,
     ) -> str:
-        """Add an operator; gives its (first) output. Without `to` a new value is made."""
-        name = ".".join(filter(None, (self.name, suffix)))
+        """Add an operator; gives its (first) output. Without `to` a new value is made.
+
+        What belongs to a layer without being it has a name with a slash, which no reader takes for a layer's.
+        """
+        name = "/".join(filter(None, (self.name, suffix)))
         outputs = [self.b.fresh(name)] if to is None else [to] if isinstance(to, str) else list(to)
         self.b.add(op, [self.x] if inputs is None else inputs, outputs, name, attributes)
         return outputs[0]
@@ -158,10 +161,15 @@ class Call:
         array = np.asarray(value)
         if dtype is not None:
             array = array.astype(numpy_dtype(dtype))
-        name = f"{self.name}.{suffix}"
+        name = f"{self.name}/{suffix}"
         output = self.b.fresh(name)
         self.b.add("Constant", (), (output,), name, {"value": array})
         return output
+
+    def filled(self, suffix: str, value: float, shape: Sequence[int]) -> str:
+        """A parameter of one number that the layer itself does not have."""
+        number = np.asarray([value]).astype(numpy_dtype(self.dtype))
+        return self.emit("ConstantOfShape", [self.ints(f"{suffix}.shape", *shape)], suffix=suffix, value=number)
 
     def ints(self, suffix: str, *values: int) -> str:
         return self.constant(suffix, np.asarray(values, np.int64))

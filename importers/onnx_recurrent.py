@@ -27,7 +27,7 @@ def recurrent(c: Call) -> None:
     while not inputs[-1]:
         inputs.pop()
     fresh = c.b.fresh
-    made = [fresh(f"{c.name}.{part}") for part in ("sequence", "hidden", *(("cell",) if lstm else ()))]
+    made = [fresh(f"{c.name}/{part}") for part in ("sequence", "hidden", *(("cell",) if lstm else ()))]
     names = ("hidden_size", "direction", "activations", "activation_alpha", "activation_beta", "linear_before_reset")
     c.emit(c.node.op, inputs, made, **c.config(*names))
     count = 2 if ways == 2 and node_settings.merge_mode(c.node, c.layer) == "none" else 1
@@ -74,7 +74,7 @@ def _sequences(c: Call, y: str, ways: int, flip: bool, outputs: Sequence[str]) -
         _merged(c, c.emit("Transpose", [y], suffix="batch", perm=[2, 0, 1, 3]), ways, 2, outputs)
         return
     # ONNX puts the steps of a reversed layer in the order of its input, Keras leaves them reversed.
-    turned = c.b.fresh(f"{c.name}.reversed")
+    turned = c.b.fresh(f"{c.name}/reversed")
     _merged(c, c.emit("Transpose", [y], suffix="batch", perm=[2, 0, 1, 3]), ways, 2, [turned])
     _flipped(c, turned, "flip", to=outputs[0])
 
