@@ -11,14 +11,15 @@ file of external data beside it, until they are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from neutral.containers.files import SourceFile
-from neutral.containers.onnx_tensors import DataFiles, Span, TensorProto, check_overlaps, read_tensor
+from neutral.containers.onnx_data_files import DataFiles
+from neutral.containers.onnx_tensors import Span, TensorProto, check_overlaps, read_tensor
 from neutral.containers.protobuf import FIXED32, FileReader, Place
 from neutral.errors import BadFile, Problem
 
@@ -172,6 +173,45 @@ def open_onnx(path: Path) -> OnnxFile:
         file.close()
         data_files.close()
         raise
+
+
+def named_tensors(model: ModelProto) -> dict[str, TensorProto]:
+    """Every tensor of a model under a name of its own.
+
+    That is the name of an initializer of the main graph, and of the value that a Constant makes; in graphs inside nodes
+    and in functions the name of the node or function goes before.
+    """
+    found: dict[str, TensorProto] = {}
+    _name_tensors(model.graph, "", found)
+    for function in model.functions:
+        _name_node_tensors(function.nodes, f"{function.domain}.{function.name}/", found)
+    return found
+
+
+def _name_tensors(graph: GraphProto, prefix: str, found: dict[str, TensorProto]) -> None:
+    for name, tensor in graph.initializers.items():
+        _put(found, prefix + name, tensor)
+    _name_node_tensors(graph.nodes, prefix, found)
+
+
+def _name_node_tensors(nodes: Iterable[NodeProto], prefix: str, found: dict[str, TensorProto]) -> None:
+    for node in nodes:
+        made = next((name for name in node.outputs if name), "")
+        for name, value in node.attributes.items():
+            own = prefix + (made if node.op_type == "Constant" else f"{node.name or made}.{name}")
+            for each in value if isinstance(value, tuple) else (value,):
+                if isinstance(each, TensorProto):
+                    _put(found, own, each)
+                elif isinstance(each, GraphProto):
+                    _name_tensors(each, f"{own}/", found)
+
+
+def _put(found: dict[str, TensorProto], name: str, tensor: TensorProto) -> None:
+    unique, count = name, 1
+    while unique in found:
+        count += 1
+        unique = f"{name}#{count}"
+    found[unique] = tensor
 
 
 class _Parser:

@@ -8,20 +8,19 @@ the bytes that are there before anything is allocated.
 from __future__ import annotations
 
 import math
-import os
-import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from neutral.containers.files import Memory, SourceFile, leads_outside, pieces
-from neutral.containers.protobuf import BYTES, FIXED32, FIXED64, VARINT, FileReader, Place
+from neutral.containers.files import Memory
+from neutral.containers.onnx_data_files import DataFile, DataFiles
+from neutral.containers.onnx_numbers import Numbers, gathered_floats
+from neutral.containers.protobuf import BYTES, FileReader, Place
 from neutral.errors import BadFile, Problem
-from neutral.native import Array, Range, Stored, Tensor
+from neutral.native import Stored, Tensor
 
 STRING = 8
 
@@ -75,7 +74,6 @@ _MOST_AXES = 64
 _MOST_ELEMENTS = 1 << 58
 _LONGEST_NAME = 1 << 16
 _LONGEST_PATH = 4096
-_MOST_NUMBERS = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,62 +125,6 @@ class TensorProto:
         return 0 if self.data is None else self.data.nbytes
 
 
-@dataclass(frozen=True)
-class DataFile:
-    """A file of external data: the location that the model names, and the file."""
-
-    location: str
-    file: SourceFile
-
-
-class DataFiles:
-    """The files of external data of a model in a folder, each opened once."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._opened: dict[str, DataFile] = {}
-
-    def __iter__(self) -> Iterator[DataFile]:
-        return iter(self._opened.values())
-
-    def open(self, location: str, where: str) -> DataFile:
-        """The file at a location: a plain file below the model's folder, reached by no link."""
-        if location not in self._opened:
-            path = self._checked(location, where)
-            file = SourceFile(path)
-            if os.stat(path).st_nlink != 1:
-                file.close()
-                raise BadFile(_location(where, location, "a file of several names (hard links)", "a copy of its own"))
-            self._opened[location] = DataFile(location, file)
-        return self._opened[location]
-
-    def _checked(self, location: str, where: str) -> Path:
-        parts = location.split("/")
-        if not location or "\0" in location or leads_outside(location):
-            raise BadFile(_location(where, location, "a path that leads out of the model's folder", "one inside it"))
-        path = self._folder
-        for part in parts:
-            path = path / part
-            try:
-                mode = os.lstat(path).st_mode
-            except (OSError, ValueError) as error:
-                said = getattr(error, "strerror", None) or "not a path"
-                raise BadFile(
-                    _location(where, location, f"no file there ({said})", "the file that was saved with it")
-                ) from None
-            if stat.S_ISLNK(mode):
-                raise BadFile(_location(where, location, "a link", "the file itself"))
-        return path
-
-    def close(self) -> None:
-        for opened in self._opened.values():
-            opened.file.close()
-
-
-def _location(where: str, location: str, found: str, expected: str) -> Problem:
-    return Problem(f"{where}: external data {location!r}", found, expected, "put the model's files in one folder")
-
-
 def read_tensor(reader: FileReader, span: Span, data_files: DataFiles) -> TensorProto:
     """The tensor of a message, its elements unread."""
     where = reader.where
@@ -209,14 +151,14 @@ def read_tensor(reader: FileReader, span: Span, data_files: DataFiles) -> Tensor
                 data.setdefault(number, []).append(place)
     where = f"{where}: tensor {name!r}"
     shape = _shape(sizes, where)
+    if code not in DTYPES and code not in _PACKED and code != STRING:
+        raise BadFile(Problem(where, f"the data type {code}", "one that ONNX has", "the file is damaged, or too new"))
+    if located == _EXTERNAL and code != STRING:
+        return _external(name, code, shape, entries, span, data_files, where)
     if code in DTYPES:
-        if located == _EXTERNAL:
-            return _external(name, code, shape, entries, span, data_files, where)
         return _inside(reader, name, code, shape, data, span, where)
     if code in _PACKED:
         _check_packed(math.prod(shape), _PACKED[code], data, where)
-    elif code != STRING:
-        raise BadFile(Problem(where, f"the data type {code}", "one that ONNX has", "the file is damaged, or too new"))
     return TensorProto(name, code, shape, None, span)
 
 
@@ -246,8 +188,8 @@ def _external(
     data_files: DataFiles,
     where: str,
 ) -> TensorProto:
-    dtype = DTYPES[code]
-    wanted = math.prod(shape) * dtype.itemsize
+    bits = _PACKED[code] if code in _PACKED else 8 * DTYPES[code].itemsize
+    wanted = -(-math.prod(shape) * bits // 8)
     if "location" not in entries:
         raise BadFile(Problem(where, "external data without a location", "the name of a file", "the file is damaged"))
     location, place = entries["location"]
@@ -265,10 +207,11 @@ def _external(
             )
         )
     if length != wanted:
-        raise BadFile(_miscounted(where, f"{length} bytes", dtype, shape))
+        raise BadFile(_miscounted(where, f"{length} bytes", f"{bits} bits", shape))
     checksum = entries["checksum"][1] if "checksum" in entries else None
     external = External(data_file, offset, length, place, checksum)
-    stored = Stored(data_file.file.section(offset, length), shape, dtype.newbyteorder("<"))
+    section = data_file.file.section(offset, length)
+    stored = Stored(section, shape, DTYPES[code].newbyteorder("<")) if code in DTYPES else None
     return TensorProto(name, code, shape, stored, span, external=external)
 
 
@@ -310,18 +253,18 @@ def _inside(
     if number == _RAW_DATA:
         raise BadFile(Problem(where, "raw_data twice", "once", "the file is damaged"))
     if number in (_FLOAT_DATA, _DOUBLE_DATA):
-        gathered = _fixed(reader, places, 4 if number == _FLOAT_DATA else 8, where)
+        gathered = gathered_floats(reader, places, 4 if number == _FLOAT_DATA else 8, where)
         if len(gathered) != wanted:
             raise BadFile(_miscounted(where, f"{len(gathered)} bytes", dtype, shape))
         stored = Stored(Memory(gathered), shape, dtype.newbyteorder("<"))
         return TensorProto(name, code, shape, stored, span, numbers=tuple(places))
-    numbers = _Numbers(reader, places, dtype, where)
+    numbers = Numbers(reader, places, dtype, where)
     if numbers.size != math.prod(shape):
         raise BadFile(_miscounted(where, f"{numbers.size} numbers", dtype, shape))
     return TensorProto(name, code, shape, numbers.split(0, shape), span, numbers=tuple(places))
 
 
-def _miscounted(where: str, found: str, dtype: np.dtype[Any], shape: Sequence[int]) -> Problem:
+def _miscounted(where: str, found: str, dtype: object, shape: Sequence[int]) -> Problem:
     return Problem(
         where, found, f"{math.prod(shape)} elements of {dtype} for the shape {list(shape)}", "the file is damaged"
     )
@@ -332,111 +275,6 @@ def _check_packed(elements: int, bits: int, data: dict[int, list[Place]], where:
     there = sum(place.length for place in data.get(_RAW_DATA, ()))
     if _RAW_DATA in data and there != -(-elements * bits // 8):
         raise BadFile(Problem(where, f"{there} bytes", f"{elements} elements of {bits} bits", "the file is damaged"))
-
-
-def _fixed(reader: FileReader, places: Sequence[Place], width: int, where: str) -> bytes:
-    """Floats that are not in one piece: each in a field of its own, or in several packed ones."""
-    wire = FIXED32 if width == 4 else FIXED64
-    gathered = bytearray()
-    for place in places:
-        if place.wire == BYTES:
-            gathered += reader.data(place, _MOST_NUMBERS)
-        elif place.wire == wire:
-            gathered += place.value.to_bytes(width, "little")
-        else:
-            raise BadFile(Problem(where, f"floats with wire type {place.wire}", f"wire type {wire}"))
-        if len(gathered) > _MOST_NUMBERS:
-            raise BadFile(Problem(where, "floats in many pieces", "in one piece", "save the model again"))
-    return bytes(gathered)
-
-
-class _Numbers(Tensor):
-    """Elements that are varints, as one axis. `float16` and other small floats are the numbers of their bits."""
-
-    def __init__(self, reader: FileReader, places: Sequence[Place], dtype: np.dtype[Any], where: str) -> None:
-        self._file, self._places, self._where = reader.file, places, where
-        self.dtype = dtype
-        self.streams = True
-        self._packed = all(place.wire == BYTES for place in places)
-        if not self._packed and any(place.wire != VARINT for place in places):
-            raise BadFile(Problem(where, "numbers of several wire types", "of one"))
-        if sum(place.length for place in places) > _MOST_NUMBERS:
-            raise BadFile(
-                Problem(
-                    where, "over 64 MB of numbers of varying length", "raw_data", "save the model again with onnx.save"
-                )
-            )
-        self.shape = (self._count(),)
-
-    def _count(self) -> int:
-        if not self._packed:
-            return len(self._places)
-        count, last = 0, 0
-        for place in self._places:
-            for piece in pieces(self._file, place.at, place.stop):
-                found = np.frombuffer(piece, np.uint8)
-                count += int((found < 0x80).sum())
-                last = int(found[-1])
-            if last >= 0x80:
-                raise BadFile(Problem(self._where, "a number that is cut off", "whole numbers", "the file is damaged"))
-        return count
-
-    def block(self, ranges: Sequence[Range]) -> Array:
-        ((start, stop),) = ranges
-        if not self._packed:
-            found = np.array([place.value for place in self._places[start:stop]], np.uint64)
-            return self._elements(found)
-        parts: list[Array] = []
-        first = 0
-        for place in self._places:
-            rest = b""
-            for piece in pieces(self._file, place.at, place.stop):
-                data = np.frombuffer(rest + bytes(piece), np.uint8)
-                ends = np.flatnonzero(data < 0x80)
-                rest = data[ends[-1] + 1 :].tobytes() if len(ends) else data.tobytes()
-                low, high = max(start - first, 0), min(stop - first, len(ends))
-                if low < high:
-                    begin = int(ends[low - 1]) + 1 if low else 0
-                    parts.append(self._elements(_varints(data[begin : ends[high - 1] + 1], self._where)))
-                first += len(ends)
-                if first >= stop:
-                    break
-            if first >= stop:
-                break
-        return np.concatenate(parts) if parts else np.empty(0, self.dtype)
-
-    def _elements(self, numbers: Array) -> Array:
-        """What 64 bits stand for: a number of the dtype, or its bits."""
-        wide = numbers.astype(np.uint64).view(np.int64)
-        if self.dtype.kind in "iu":
-            values = numbers.view(np.uint64) if self.dtype.kind == "u" and self.dtype.itemsize == 8 else wide
-            if self.dtype.itemsize < 8:
-                limits = np.iinfo(self.dtype)
-                if len(wide) and (wide.min() < limits.min or wide.max() > limits.max):
-                    raise BadFile(
-                        Problem(self._where, f"a number outside {self.dtype}", "one inside", "the file is damaged")
-                    )
-            return values.astype(self.dtype)
-        bits = {1: np.uint8, 2: np.uint16}[self.dtype.itemsize]
-        if len(wide) and (wide.min() < 0 or wide.max() > np.iinfo(bits).max):
-            raise BadFile(Problem(self._where, f"a number outside {self.dtype}", "its bits", "the file is damaged"))
-        if self.dtype.kind == "b":
-            return wide != 0
-        return wide.astype(bits).view(self.dtype)
-
-
-def _varints(data: Array, where: str) -> Array:
-    """Whole varints as unsigned numbers of 64 bits."""
-    ends = np.flatnonzero(data < 0x80)
-    starts = np.concatenate(([0], ends[:-1] + 1))
-    lengths = ends - starts + 1
-    if int(lengths.max()) > 10 or np.any(data[ends[lengths == 10]] > 1):
-        raise BadFile(Problem(where, "a number of more than 64 bits", "at most 64 bits", "the file is damaged"))
-    numbers = np.zeros(len(ends), np.uint64)
-    for i in range(int(lengths.max())):
-        longer = lengths > i
-        numbers[longer] |= (data[starts[longer] + i].astype(np.uint64) & np.uint64(0x7F)) << np.uint64(7 * i)
-    return numbers
 
 
 def check_overlaps(where: str, tensors: Iterable[TensorProto]) -> None:
