@@ -5,18 +5,18 @@ The weight of Gemm, MatMul and Einsum is called `W` here and their bias `B`, as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from neutral.conventions.forms import Config, Convention, Form, Row, Shapes, Sizes, layer
 from neutral.conventions.keras import einsum_forms
+from neutral.conventions.onnx_activations import activation_names
 
 RECURRENT = ("RNN", "LSTM", "GRU")
-_GATED_ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
-    "LSTM": ("Sigmoid", "Tanh", "Tanh"),
-    "GRU": ("Sigmoid", "Tanh"),
-    "RNN": ("Tanh",),
-}
+_ACTIVATIONS = {"LSTM": ("sigmoid", "tanh", "tanh"), "GRU": ("sigmoid", "tanh"), "RNN": ("tanh",)}
+"""The functions of each operator, in its order: of the gates, of the new state, and of the output."""
+_Attributes = Callable[[Config, Sizes], dict[str, Any]]
 _DIRECTIONS = ("forward", "reverse", "bidirectional")
 
 
@@ -104,25 +104,28 @@ def _group_norm(config: Config, sizes: Sizes) -> dict[str, Any]:
     return {**_eps(config, sizes), "groups": config.get("num_groups")}
 
 
-def _recurrent_attributes(config: Config, sizes: Sizes) -> dict[str, Any]:
-    return {
-        "units": sizes.get("unit"),
-        "bias_convention": "two",
-        "go_backwards": True if config.get("direction") == "reverse" else None,
-    }
+def _activations(cls: str, config: Config) -> tuple[str, ...] | None:
+    """The functions of one direction, or None where no layer of another framework has them."""
+    usual = _ACTIVATIONS[cls]
+    given = activation_names(config, len(usual)) if config.get("activations") else usual
+    return given if given is None or len(set(given[-2:])) == 1 or cls != "LSTM" else None
 
 
-def _rnn(config: Config, sizes: Sizes) -> dict[str, Any]:
-    activations = config.get("activations") or ("Tanh",)
-    return {**_recurrent_attributes(config, sizes), "activation": str(activations[0]).lower()}
+def _recurrent_attributes(cls: str) -> _Attributes:
+    def attributes(config: Config, sizes: Sizes) -> dict[str, Any]:
+        found = _activations(cls, config) or _ACTIVATIONS[cls]
+        settings: dict[str, Any] = {"recurrent_activation": found[0]} if len(found) > 1 else {}
+        if cls == "GRU":
+            settings["reset_after"] = bool(config.get("linear_before_reset", 0))
+        return {
+            **settings,
+            "units": sizes.get("unit"),
+            "bias_convention": "two",
+            "activation": found[-1],
+            "go_backwards": True if config.get("direction") == "reverse" else None,
+        }
 
-
-def _gated(config: Config, sizes: Sizes) -> dict[str, Any]:
-    return {**_recurrent_attributes(config, sizes), "activation": "tanh", "recurrent_activation": "sigmoid"}
-
-
-def _gru(config: Config, sizes: Sizes) -> dict[str, Any]:
-    return {**_gated(config, sizes), "reset_after": bool(config.get("linear_before_reset", 0))}
+    return attributes
 
 
 def _square_state(sizes: Sizes) -> bool:
@@ -153,20 +156,12 @@ def refusal(cls: str, config: Config) -> str:
         reasons.append("input_forget")
     if config.get("direction", "forward") not in _DIRECTIONS:
         reasons.append(f"direction {config['direction']}")
-    given = tuple(str(name).lower() for name in config.get("activations") or ())
-    usual = tuple(name.lower() for name in _GATED_ACTIVATIONS[cls])
-    allowed = {usual * times for times in (1, 2)} | {()}
-    if cls == "RNN":
-        allowed |= {("relu",), ("relu", "relu")}
-    if given not in allowed:
-        reasons.append(f"activations {', '.join(given)}")
+    if config.get("activations") and _activations(cls, config) is None:
+        reasons.append(f"activations {', '.join(map(str, config['activations']))}")
     return "; ".join(reasons)
 
 
-_Attributes = Callable[[Config, Sizes], dict[str, Any]]
-
-
-def _recurrent(cls: str, kind: str, gates: str, labels: str, attributes: _Attributes) -> tuple[Form, ...]:
+def _recurrent(cls: str, kind: str, gates: str, labels: str) -> tuple[Form, ...]:
     """One direction, and two. `gates` in ONNX's order, `labels` in the canonical one; B is W's biases, then R's."""
     block, gate = (f"(gate:{gates} unit)", f"gate:{labels} ") if gates else ("unit", "")
     sides = f"(side:ir gate:{gates} unit)" if gates else "(side:ir unit)"
@@ -177,7 +172,8 @@ def _recurrent(cls: str, kind: str, gates: str, labels: str, attributes: _Attrib
             Row("recurrent_kernel", "R", f"{native} {block} hidden", f"{canonical}{gate}unit hidden"),
             Row("bias", "B", f"{native} {sides}", f"{canonical}side:ir {gate}unit"),
         )
-        part = layer(kind, *rows, attributes=attributes, check=_square_state)
+        part = layer(kind, *rows, attributes=_recurrent_attributes(cls), check=_square_state)
+        part = replace(part, any_reset=cls == "GRU")
         forms.append(Form((cls,), (part,), guessable=False, applies=lambda config: not refusal(cls, config)))
     return tuple(forms)
 
@@ -205,9 +201,33 @@ def _einsum(cls: str, config: Config) -> tuple[Form, ...]:
         rows = tuple(
             Row(row.role, "W", row.native, row.canonical, row.rule, row.required, row.raw) for row in form.parts[0].rows
         )
+        if form.parts[0].kind == "einsum_dense":
+            rows = (*rows, Row("bias", "B", raw=True))
         part = layer(form.parts[0].kind, *rows, attributes=form.parts[0].attributes)
         forms.append(Form(("Einsum",), (part,), guessable=False))
     return tuple(forms)
+
+
+_ATTENTION = Form(
+    ("Attention",),
+    (
+        layer(
+            "attention",
+            Row("query_kernel", "query.W", "in query"),
+            Row("query_bias", "query.B", "query"),
+            Row("key_kernel", "key.W", "in_key key"),
+            Row("key_bias", "key.B", "key"),
+            Row("value_kernel", "value.W", "in_value value"),
+            Row("value_bias", "value.B", "value"),
+            Row("output_kernel", "output.W", "attended out"),
+            Row("output_bias", "output.B", "out"),
+            Row("extra_key", "extra_key", "1 1 key"),
+            Row("extra_value", "extra_value", "1 1 key", "key"),
+        ),
+    ),
+    guessable=False,
+)
+"""Written as four products (MatMul and Add) and what is between them: ONNX's own Attention has no weights."""
 
 
 def _deciding(config: Config, shapes: Shapes) -> dict[str, Any]:
@@ -224,14 +244,17 @@ ONNX = Convention(
         Form(("ConvTranspose",), (layer("conv_transpose", Row("kernel", "W", "in out ..."), Row("bias", "B", "channel"), attributes=_conv_transpose, check=lambda sizes: "x0" in sizes and _grouped(sizes)),), guessable=False),
         Form(("Gather",), (layer("embedding", Row("embedding", "data", "token feature")),), guessable=False),
         _norm("BatchNormalization", "batch_norm", _batch_norm, "scale", "B", "mean", "var"),
-        Form(("LayerNormalization",), (layer("layer_norm", Row("scale", "scale", "...", required=True), Row("bias", "B", "..."), attributes=_layer_norm),), guessable=False),
+        Form(("LayerNormalization",), (layer("layer_norm", Row("scale", "scale", "feature", "feature"), Row("bias", "B", "feature", "feature"), attributes=_layer_norm),), guessable=False),
+        Form(("LayerNormalization",), (layer("layer_norm", Row("scale", "scale", "..."), Row("bias", "B", "..."), attributes=_layer_norm),), guessable=False),
         _norm("GroupNormalization", "group_norm", _group_norm, "scale", "bias"),
         _norm("InstanceNormalization", "instance_norm", _eps, "scale", "B"),
         Form(("RMSNormalization",), (layer("rms_norm", Row("scale", "scale", "..."), attributes=_eps),), guessable=False),
+        Form(("PRelu",), (layer("prelu", Row("slope", "slope", "feature", "feature")),), guessable=False),
         Form(("PRelu",), (layer("prelu", Row("slope", "slope", "feature ...", "feature ...")),), guessable=False),
-        *_recurrent("RNN", "simple_rnn", "", "", _rnn),
-        *_recurrent("LSTM", "lstm", "iofg", "ifgo", _gated),
-        *_recurrent("GRU", "gru", "zrn", "rzn", _gru),
+        *_recurrent("RNN", "simple_rnn", "", ""),
+        *_recurrent("LSTM", "lstm", "iofg", "ifgo"),
+        *_recurrent("GRU", "gru", "zrn", "rzn"),
+        _ATTENTION,
     ),
     build=_einsum,
     deciding=_deciding,
