@@ -5,7 +5,7 @@ The weight of Gemm, MatMul and Einsum is called `W` here and their bias `B`, as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,11 @@ from neutral.conventions.keras import einsum_forms
 from neutral.conventions.onnx_activations import activation_names
 
 RECURRENT = ("RNN", "LSTM", "GRU")
-_ACTIVATIONS = {"LSTM": ("sigmoid", "tanh", "tanh"), "GRU": ("sigmoid", "tanh"), "RNN": ("tanh",)}
-"""The functions of each operator, in its order: of the gates, of the new state, and of the output."""
-_Attributes = Callable[[Config, Sizes], dict[str, Any]]
+_USUAL_FUNCTIONS: Mapping[str, tuple[str, ...]] = {
+    "LSTM": ("sigmoid", "tanh", "tanh"),
+    "GRU": ("sigmoid", "tanh"),
+    "RNN": ("tanh",),
+}
 _DIRECTIONS = ("forward", "reverse", "bidirectional")
 
 
@@ -104,28 +106,39 @@ def _group_norm(config: Config, sizes: Sizes) -> dict[str, Any]:
     return {**_eps(config, sizes), "groups": config.get("num_groups")}
 
 
-def _activations(cls: str, config: Config) -> tuple[str, ...] | None:
-    """The functions of one direction, or None where no layer of another framework has them."""
-    usual = _ACTIVATIONS[cls]
-    given = activation_names(config, len(usual)) if config.get("activations") else usual
-    return given if given is None or len(set(given[-2:])) == 1 or cls != "LSTM" else None
+def _functions(cls: str, config: Config) -> tuple[str, ...] | None:
+    """neutral's names of a recurrent node's functions, in ONNX's order, one direction's for both; None for others."""
+    if not config.get("activations"):
+        return _USUAL_FUNCTIONS[cls]
+    found = activation_names(config, len(_USUAL_FUNCTIONS[cls]))
+    # The cell's function and that of what an LSTM gives out are one in all other frameworks.
+    return found if found is None or len(set(found[1:])) <= 1 else None
 
 
-def _recurrent_attributes(cls: str) -> _Attributes:
-    def attributes(config: Config, sizes: Sizes) -> dict[str, Any]:
-        found = _activations(cls, config) or _ACTIVATIONS[cls]
-        settings: dict[str, Any] = {"recurrent_activation": found[0]} if len(found) > 1 else {}
-        if cls == "GRU":
-            settings["reset_after"] = bool(config.get("linear_before_reset", 0))
-        return {
-            **settings,
-            "units": sizes.get("unit"),
-            "bias_convention": "two",
-            "activation": found[-1],
-            "go_backwards": True if config.get("direction") == "reverse" else None,
-        }
+def _recurrent_attributes(cls: str, config: Config, sizes: Sizes) -> dict[str, Any]:
+    functions = _functions(cls, config) or (None,)
+    return {
+        "units": sizes.get("unit"),
+        "bias_convention": "two",
+        "go_backwards": True if config.get("direction") == "reverse" else None,
+        "activation": functions[-1],
+        "recurrent_activation": functions[0] if cls in ("LSTM", "GRU") else None,
+    }
 
-    return attributes
+
+def _rnn(config: Config, sizes: Sizes) -> dict[str, Any]:
+    return _recurrent_attributes("RNN", config, sizes)
+
+
+def _lstm(config: Config, sizes: Sizes) -> dict[str, Any]:
+    return _recurrent_attributes("LSTM", config, sizes)
+
+
+def _gru(config: Config, sizes: Sizes) -> dict[str, Any]:
+    return {
+        **_recurrent_attributes("GRU", config, sizes),
+        "reset_after": bool(config.get("linear_before_reset", 0)),
+    }
 
 
 def _square_state(sizes: Sizes) -> bool:
@@ -156,12 +169,16 @@ def refusal(cls: str, config: Config) -> str:
         reasons.append("input_forget")
     if config.get("direction", "forward") not in _DIRECTIONS:
         reasons.append(f"direction {config['direction']}")
-    if config.get("activations") and _activations(cls, config) is None:
-        reasons.append(f"activations {', '.join(map(str, config['activations']))}")
+    if _functions(cls, config) is None:
+        given = ", ".join(str(name) for name in config.get("activations") or ())
+        reasons.append(f"activations {given}")
     return "; ".join(reasons)
 
 
-def _recurrent(cls: str, kind: str, gates: str, labels: str) -> tuple[Form, ...]:
+_Attributes = Callable[[Config, Sizes], dict[str, Any]]
+
+
+def _recurrent(cls: str, kind: str, gates: str, labels: str, attributes: _Attributes) -> tuple[Form, ...]:
     """One direction, and two. `gates` in ONNX's order, `labels` in the canonical one; B is W's biases, then R's."""
     block, gate = (f"(gate:{gates} unit)", f"gate:{labels} ") if gates else ("unit", "")
     sides = f"(side:ir gate:{gates} unit)" if gates else "(side:ir unit)"
@@ -172,8 +189,7 @@ def _recurrent(cls: str, kind: str, gates: str, labels: str) -> tuple[Form, ...]
             Row("recurrent_kernel", "R", f"{native} {block} hidden", f"{canonical}{gate}unit hidden"),
             Row("bias", "B", f"{native} {sides}", f"{canonical}side:ir {gate}unit"),
         )
-        part = layer(kind, *rows, attributes=_recurrent_attributes(cls), check=_square_state)
-        part = replace(part, any_reset=cls == "GRU")
+        part = replace(layer(kind, *rows, attributes=attributes, check=_square_state), any_reset=True)
         forms.append(Form((cls,), (part,), guessable=False, applies=lambda config: not refusal(cls, config)))
     return tuple(forms)
 
@@ -201,33 +217,29 @@ def _einsum(cls: str, config: Config) -> tuple[Form, ...]:
         rows = tuple(
             Row(row.role, "W", row.native, row.canonical, row.rule, row.required, row.raw) for row in form.parts[0].rows
         )
-        if form.parts[0].kind == "einsum_dense":
-            rows = (*rows, Row("bias", "B", raw=True))
         part = layer(form.parts[0].kind, *rows, attributes=form.parts[0].attributes)
         forms.append(Form(("Einsum",), (part,), guessable=False))
     return tuple(forms)
 
 
-_ATTENTION = Form(
-    ("Attention",),
-    (
-        layer(
-            "attention",
-            Row("query_kernel", "query.W", "in query"),
-            Row("query_bias", "query.B", "query"),
-            Row("key_kernel", "key.W", "in_key key"),
-            Row("key_bias", "key.B", "key"),
-            Row("value_kernel", "value.W", "in_value value"),
-            Row("value_bias", "value.B", "value"),
-            Row("output_kernel", "output.W", "attended out"),
-            Row("output_bias", "output.B", "out"),
-            Row("extra_key", "extra_key", "1 1 key"),
-            Row("extra_value", "extra_value", "1 1 key", "key"),
-        ),
-    ),
-    guessable=False,
+_ATTENTION = (
+    Row("query_kernel", "query.W", "in query"),
+    Row("query_bias", "query.B", "query"),
+    Row("key_kernel", "key.W", "in_key key"),
+    Row("key_bias", "key.B", "key"),
+    Row("value_kernel", "value.W", "in_value value"),
+    Row("value_bias", "value.B", "value"),
+    Row("output_kernel", "output.W", "attended out"),
+    Row("output_bias", "output.B", "out"),
+    Row("extra_key", "extra_key", "1 1 key"),
+    Row("extra_value", "extra_value", "1 1 value"),
 )
-"""Written as four products (MatMul and Add) and what is between them: ONNX's own Attention has no weights."""
+"""An attention is several operators: products with these weights, and what stands between them."""
+
+
+def _attention(config: Config, sizes: Sizes) -> dict[str, Any]:
+    heads = config.get("q_num_heads")
+    return {"heads": heads, "kv_heads": config.get("kv_num_heads", heads)}
 
 
 def _deciding(config: Config, shapes: Shapes) -> dict[str, Any]:
@@ -244,17 +256,15 @@ ONNX = Convention(
         Form(("ConvTranspose",), (layer("conv_transpose", Row("kernel", "W", "in out ..."), Row("bias", "B", "channel"), attributes=_conv_transpose, check=lambda sizes: "x0" in sizes and _grouped(sizes)),), guessable=False),
         Form(("Gather",), (layer("embedding", Row("embedding", "data", "token feature")),), guessable=False),
         _norm("BatchNormalization", "batch_norm", _batch_norm, "scale", "B", "mean", "var"),
-        Form(("LayerNormalization",), (layer("layer_norm", Row("scale", "scale", "feature", "feature"), Row("bias", "B", "feature", "feature"), attributes=_layer_norm),), guessable=False),
-        Form(("LayerNormalization",), (layer("layer_norm", Row("scale", "scale", "..."), Row("bias", "B", "..."), attributes=_layer_norm),), guessable=False),
+        Form(("LayerNormalization",), (layer("layer_norm", Row("scale", "scale", "...", required=True), Row("bias", "B", "..."), attributes=_layer_norm),), guessable=False),
         _norm("GroupNormalization", "group_norm", _group_norm, "scale", "bias"),
         _norm("InstanceNormalization", "instance_norm", _eps, "scale", "B"),
         Form(("RMSNormalization",), (layer("rms_norm", Row("scale", "scale", "..."), attributes=_eps),), guessable=False),
-        Form(("PRelu",), (layer("prelu", Row("slope", "slope", "feature", "feature")),), guessable=False),
         Form(("PRelu",), (layer("prelu", Row("slope", "slope", "feature ...", "feature ...")),), guessable=False),
-        *_recurrent("RNN", "simple_rnn", "", ""),
-        *_recurrent("LSTM", "lstm", "iofg", "ifgo"),
-        *_recurrent("GRU", "gru", "zrn", "rzn"),
-        _ATTENTION,
+        Form(("Attention",), (layer("attention", *_ATTENTION, attributes=_attention),), guessable=False),
+        *_recurrent("RNN", "simple_rnn", "", "", _rnn),
+        *_recurrent("LSTM", "lstm", "iofg", "ifgo", _lstm),
+        *_recurrent("GRU", "gru", "zrn", "rzn", _gru),
     ),
     build=_einsum,
     deciding=_deciding,
