@@ -16,9 +16,10 @@ import numpy as np
 
 from neutral import rules
 from neutral.containers.onnx import ModelProto, NodeProto, named_tensors
-from neutral.containers.onnx_constants import Expression, Leaf, Reshaped, backward, forward, leaves, undoable
+from neutral.containers.onnx_constants import Expression, Leaf, Permuted, Reshaped, backward, forward, leaves, undoable
 from neutral.containers.onnx_tensors import DTYPES, STRING
 from neutral.conventions.onnx import RECURRENT, refusal
+from neutral.conventions.onnx_flatten import Crossings, Used, follow
 from neutral.conventions.onnx_names import anonymous, common_stem, folded, module_of
 from neutral.conventions.onnx_ranks import rank_of
 from neutral.conventions.onnx_scope import Scope, subgraphs
@@ -91,15 +92,31 @@ class FoundLayers:
 
     layers: tuple[FoundLayer, ...]
     notes: tuple[str, ...]
+    splits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    unsettled: frozenset[str] = frozenset()
+    turned: frozenset[str] = frozenset()
+    """Layers that stand where the graph has an image with its channels last as one axis; their views have them first."""
 
 
 def layers_of(model: ModelProto, where: str) -> FoundLayers:
     """The layers of a model; `Unsupported` for weights that numpy has no elements for."""
     names = {tensor.span.at: name for name, tensor in named_tensors(model).items()}
     finder = _Finder(model.opset, names)
-    finder.graph(Scope(model.graph, model.opset, names))
+    scope = Scope(model.graph, model.opset, names)
+    finder.graph(scope)
     raise_all(Unsupported, _unreadable(model, where))
-    return FoundLayers(tuple(finder.named()), tuple(finder.notes))
+    crossings = finder.crossings(scope)
+    for number, axes in crossings.turned.items():
+        _turn(finder.candidates[number], axes, crossings.splits[number])
+    layers = tuple(finder.named())
+    paths = [layer.path for layer in layers]
+    return FoundLayers(
+        layers,
+        tuple(finder.notes),
+        {paths[number]: axes for number, axes in crossings.splits.items()},
+        frozenset(paths[number] for number in crossings.unsettled),
+        frozenset(paths[number] for number in crossings.turned),
+    )
 
 
 def _unreadable(model: ModelProto, where: str) -> Iterator[Problem]:
@@ -169,14 +186,20 @@ class _Finder:
         used: list[tuple[NodeProto, str]] = []
         for i, (local, place) in enumerate(places.items()):
             value = node.inputs[place] if len(node.inputs) > place else ""
-            if not value or (i and scope.zero(value)):
+            if not value or (i and scope.zero(value)) or (local == "scale" and scope.ones(value)):
                 continue
             expression = scope.floats(value)
             if expression is None or not undoable(expression):
                 return None
             found[local] = expression
             used.append((node, value))
-        if next(iter(places)) not in found or any(scope.constant(node.inputs[i]) for i in _data_places(node)):
+        # A norm may have a bias and no scale but ones.
+        needed = next(iter(places))
+        if (
+            not found
+            or (needed not in found and needed != "scale")
+            or any(scope.constant(node.inputs[i]) for i in _data_places(node))
+        ):
             return None
         candidate = _Candidate(node.op_type, found, _settings(node), [node])
         fits = _FITTING.get(node.op_type, _as_it_is)(scope, node, candidate)
@@ -211,6 +234,20 @@ class _Finder:
                 and _is_weight(leaf, None, 0, False)
             ):
                 self.loose.append((leaf, None))
+
+    def crossings(self, scope: Scope) -> Crossings:
+        """Which layers cross a Flatten, by their numbers."""
+        used: dict[int, Used] = {}
+        adds: set[int] = set()
+        for number, candidate in enumerate(self.candidates):
+            first = next(iter(candidate.expressions.values()))
+            made = _made(candidate, first)[0]
+            for node in candidate.nodes:
+                if node.op_type == candidate.cls:
+                    used[id(node)] = Used(number, node.op_type, first.shape, made)
+                else:
+                    adds.add(id(node))
+        return follow(scope, used, frozenset(adds))
 
     def named(self) -> Iterator[FoundLayer]:
         """The layers under paths that differ, their tensors under names that do."""
@@ -399,6 +436,28 @@ def _made(candidate: _Candidate, weight: Expression) -> tuple[int, int]:
         case "Gemm" if candidate.config.get("transB", 0):
             return weight.shape[0], 0
     return weight.shape[-1], 0
+
+
+def _turn(candidate: _Candidate, axes: set[str], channels: Mapping[str, int]) -> None:
+    """Give a layer whose axes hold (position channel) views in which they hold (channel position)."""
+    for local, expression in candidate.expressions.items():
+        if local == "W":
+            outer = 0 if candidate.config.get("transB", 0) else 1
+            places = {"out": outer, "in": 1 - outer}
+        else:
+            places = {"out": 0, "feature": 0}
+        for axis in axes:
+            if axis in places:
+                expression = _channels_first(expression, places[axis], channels[axis])
+        candidate.expressions[local] = expression
+
+
+def _channels_first(expression: Expression, axis: int, channels: int) -> Expression:
+    shape = expression.shape
+    parted = (*shape[:axis], shape[axis] // channels, channels, *shape[axis + 1 :])
+    order = list(range(len(parted)))
+    order[axis], order[axis + 1] = axis + 1, axis
+    return Reshaped(Permuted(Reshaped(expression, parted), tuple(order)), shape)
 
 
 def _einsum(scope: Scope, node: NodeProto) -> tuple[_Candidate, list[tuple[NodeProto, str]]] | None:
