@@ -223,6 +223,8 @@ def _einsum(cls: str, config: Config) -> tuple[Form, ...]:
     for form in einsum_forms("EinsumDense", {"equation": equation, "bias_axes": config.get("bias_axes", "")}):
         (known,) = form.parts
         rows = [replace(row, name=name) for row, name in zip(known.rows, ("W", "B"), strict=False)]
+        if known.kind == "einsum_dense" and len(rows) == 1:
+            rows.append(Row("bias", "B", raw=True))
         forms.append(Form(("Einsum",), (replace(known, rows=tuple(rows)),), guessable=False))
     return tuple(forms)
 
@@ -249,7 +251,7 @@ _ATTENTION = (
     Row("output_kernel", "output.W", "attended out"),
     Row("output_bias", "output.B", "out"),
     Row("extra_key", "extra_key", "1 1 key"),
-    Row("extra_value", "extra_value", "1 1 value"),
+    Row("extra_value", "extra_value", "1 1 key"),
 )
 """An attention is several operators: products with these weights, and what stands between them."""
 
@@ -273,10 +275,12 @@ ONNX = Convention(
         Form(("ConvTranspose",), (layer("conv_transpose", Row("kernel", "W", "in out ..."), Row("bias", "B", "channel"), attributes=_conv_transpose, check=lambda sizes: "x0" in sizes and _grouped(sizes)),), guessable=False),
         Form(("Gather",), (layer("embedding", Row("embedding", "data", "token feature")),), guessable=False),
         _norm("BatchNormalization", "batch_norm", _batch_norm, "scale", "B", "mean", "var"),
-        Form(("LayerNormalization",), (layer("layer_norm", Row("scale", "scale", "...", required=True), Row("bias", "B", "..."), attributes=_layer_norm),), guessable=False),
+        Form(("LayerNormalization",), (layer("layer_norm", Row("scale", "scale", "feature", "feature"), Row("bias", "B", "feature", "feature"), attributes=_layer_norm),), guessable=False),
+        Form(("LayerNormalization",), (layer("layer_norm", Row("scale", "scale", "..."), Row("bias", "B", "..."), attributes=_layer_norm),), guessable=False),
         _norm("GroupNormalization", "group_norm", _group_norm, "scale", "bias"),
         _norm("InstanceNormalization", "instance_norm", _eps, "scale", "B"),
         Form(("RMSNormalization",), (layer("rms_norm", Row("scale", "scale", "..."), attributes=_eps),), guessable=False),
+        Form(("PRelu",), (layer("prelu", Row("slope", "slope", "feature", "feature")),), guessable=False),
         Form(("PRelu",), (layer("prelu", Row("slope", "slope", "feature ...", "feature ...")),), guessable=False),
         Form(("Attention",), (layer("attention", *_ATTENTION, attributes=_attention),), guessable=False),
         *_recurrent("RNN", "simple_rnn", "", "", _rnn),

@@ -122,7 +122,12 @@ def layers_of(model: ModelProto, where: str) -> FoundLayers:
 def _unreadable(model: ModelProto, where: str) -> Iterator[Problem]:
     for name, tensor in named_tensors(model).items():
         if tensor.data is None and tensor.code != STRING:
-            yield Problem(f"{where}: {name}", "elements smaller than a byte", "whole bytes", "use a model that is not quantized so")
+            yield Problem(
+                f"{where}: {name}",
+                "elements smaller than a byte",
+                "whole bytes",
+                "use a model that is not quantized so",
+            )
     for name in model.graph.sparse:
         yield Problem(f"{where}: {name}", "a sparse initializer", "a dense one", "save the model without it")
 
@@ -181,14 +186,20 @@ class _Finder:
         used: list[tuple[NodeProto, str]] = []
         for i, (local, place) in enumerate(places.items()):
             value = node.inputs[place] if len(node.inputs) > place else ""
-            if not value or (i and scope.zero(value)):
+            if not value or (i and scope.zero(value)) or (local == "scale" and scope.ones(value)):
                 continue
             expression = scope.floats(value)
             if expression is None or not undoable(expression):
                 return None
             found[local] = expression
             used.append((node, value))
-        if next(iter(places)) not in found or any(scope.constant(node.inputs[i]) for i in _data_places(node)):
+        # A norm may have a bias and no scale but ones.
+        needed = next(iter(places))
+        if (
+            not found
+            or (needed not in found and needed != "scale")
+            or any(scope.constant(node.inputs[i]) for i in _data_places(node))
+        ):
             return None
         candidate = _Candidate(node.op_type, found, _settings(node), [node])
         fits = _FITTING.get(node.op_type, _as_it_is)(scope, node, candidate)
@@ -216,7 +227,12 @@ class _Finder:
                         self.loose.append((leaf, node))
         for name, tensor in scope.graph.initializers.items():
             leaf = Leaf(scope.name_of(tensor), tensor)
-            if tensor.data is not None and leaf.name not in used and name not in scope.users and _is_weight(leaf, None, 0, False):
+            if (
+                tensor.data is not None
+                and leaf.name not in used
+                and name not in scope.users
+                and _is_weight(leaf, None, 0, False)
+            ):
                 self.loose.append((leaf, None))
 
     def crossings(self, scope: Scope) -> Crossings:
@@ -595,5 +611,3 @@ def _unique(name: str, seen: set[str]) -> str:
         unique = f"{name}_{count}"
     seen.add(unique)
     return unique
-
-
