@@ -16,7 +16,7 @@ from neutral.containers.onnx_building import dtype_number
 from neutral.importers.onnx_attention import attention
 from neutral.importers.onnx_builder import Call, Rule
 from neutral.importers.onnx_recurrent import recurrent
-from neutral.schema import layer_sizes, node_settings
+from neutral.schema import node_settings
 
 
 def _same(*attributes: str) -> Rule:
