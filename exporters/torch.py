@@ -19,6 +19,7 @@ import numpy as np
 
 from neutral.containers.pickle_machine import Node, items_of, members_of
 from neutral.containers.torch_file import TorchFile
+from neutral.containers.torch_program import is_program
 from neutral.containers.torch_refs import DTYPES, TensorRef, numpy_array
 from neutral.containers.torch_tree import (
     VISITS,
@@ -57,7 +58,19 @@ _KNOWN_GLOBALS: Final = (
 
 
 def read(source: Path, *, key: str | None = None) -> NativeModel:
-    """The weights in a file of torch.save; `key` (keys joined by dots) names the set if there are several."""
+    """The weights in a file of torch.save; `key` (keys joined by dots) names the set if there are several.
+
+    Of a program of torch.export (`.pt2`): its weights, see `exporters.torch_program`; of a folder, or the index of a set of
+    shards: `exporters.torch_shards`.
+    """
+    if source.is_dir() or source.name.endswith(".json"):
+        from neutral.exporters import torch_shards
+
+        return torch_shards.read(source, key=key)
+    if is_program(source):
+        from neutral.exporters import torch_program
+
+        return torch_program.read(source, key=key)
     file = TorchFile(source)
     try:
         return _read(file, key)

@@ -16,6 +16,7 @@ import numpy as np
 from neutral.containers.files import new_file, refuse_same
 from neutral.containers.torch_file import TorchFile
 from neutral.containers.torch_filling import fill as fill_file
+from neutral.containers.torch_program import TorchProgram, is_program, replace_weights
 from neutral.containers.torch_refs import DTYPES, TensorRef
 from neutral.containers.torch_tree import Found, WeightSet, choose, weight_sets
 from neutral.containers.torch_writing import write_state_dict
@@ -39,7 +40,15 @@ def fill(
 
     `key` names the weight set if the file has several.
     """
+    if template.is_dir() or template.name.endswith(".json"):
+        from neutral.importers import torch_shards
+
+        torch_shards.fill(template, tensors, out, force=force, key=key)
+        return
     refuse_same(out, template)
+    if is_program(template):
+        _fill_program(template, tensors, out, force)
+        return
     with TorchFile(template) as source:
         sets = weight_sets(source.root)
         chosen = choose(source, sets, key)
@@ -56,6 +65,15 @@ def fill(
         raise_all(Refused, problems)
         with new_file(out, force) as file:
             fill_file(source, entries, file)
+
+
+def _fill_program(template: Path, tensors: Mapping[str, Tensor], out: Path, force: bool) -> None:
+    source = TorchProgram(template)
+    try:
+        with new_file(out, force) as file:
+            replace_weights(source, tensors, file)
+    finally:
+        source.close()
 
 
 def _beside(chosen: WeightSet, found: Found) -> list[WeightSet]:

@@ -432,8 +432,8 @@ def _part_tensors(
         crossed = row_channels(row, bound.part.kind, channels)
         way = row_layout(row, bound.part.kind, crossed, convention.flatten)
         data = way.to_canonical(data, _sizes(bound.sizes, row, crossed))
-        if row.rule == "one_bias":
-            data = rules.add_zero_bias(data, _side_axis(row))
+        if row.rule in rules.BIAS_RULES:
+            data = rules.two_sides(row.rule, data, _side_axis(row))
         for role in expand(row.role):
             view = data.take(0, (role.place[0],)).split(0, ()) if role.place else data
             axes, labels = canonical_axes(bound.part.kind, role.text, len(view.shape), bool(_directed(row)))
@@ -675,9 +675,12 @@ def _row_native(
     if row.raw:
         return {names[0].text: data}
     kind = bound.part.kind
-    if row.rule == "one_bias":
-        merged = rules.merge_biases(data, _side_axis(row))
+    if row.rule in rules.BIAS_RULES:
+        merged = rules.as_stored(row.rule, data, _side_axis(row))
         data = merged.tensor
+        if merged.lost:
+            expected = f"none, for {convention.framework} has no place for one in this layer"
+            out.problems.append(Problem(where, merged.lost, expected, "use a layer that has one, or another framework"))
         if not merged.exact:
             out.apply("merge_biases", layer.path, "input and recurrent bias were added to one")
     crossed = row_channels(row, kind, layer.channels)
@@ -814,9 +817,8 @@ def _bind_canonical_part(part: Part, level: int, layer: CanonicalLayer, told: Ma
         shape = tensors[0].data.shape
         if any(t.data.shape != shape for t in tensors):
             return f"{' and '.join(names)} differ in shape"
-        if row.rule == "one_bias":
-            axis = _side_axis(row)
-            shape = shape[:axis] + shape[axis + 1 :]
+        if row.rule in rules.BIAS_RULES:
+            shape = rules.stored_shape(row.rule, shape, _side_axis(row))
         full = (*((len(names),) if brace_axes(row.role) else ()), *shape)
         try:
             sizes.update(row_layout(row, part.kind).bind_canonical(full, sizes))

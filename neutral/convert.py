@@ -22,7 +22,6 @@ from neutral import frameworks
 from neutral.archive import SUFFIX, Archive, Contents, Progress, describe, file_digest, open_archive, write_archive
 from neutral.building import build_model
 from neutral.containers.files import check_output, refuse_same
-from neutral.containers.torch_program import is_program
 from neutral.conventions.forms import same_family
 from neutral.doubts import agreed
 from neutral.errors import BadFile, Problem, Refused, Unsupported, WrongUsage, named, reworded
@@ -469,8 +468,6 @@ def verify(
 def _runnable(path: Path, stack: ExitStack) -> Runnable:
     from neutral import running
 
-    if is_program(path):
-        return running.torch_program(path)
     name, form = frameworks.detect(path)
     with reworded("choose one: ", "export one of them and verify its archive: "):
         archive = export_model(path)
@@ -517,7 +514,7 @@ def _from_graph(archive: Archive, where: str, stack: ExitStack) -> Runnable:
 
 def _manifest_of(rebuilt: Path, archive: Archive) -> Manifest:
     """What a rebuilt file says of its own graph, in its framework's names; else what the archive says."""
-    with suppress(Unsupported), export_model(rebuilt) as again:
+    with suppress(BadFile, Refused, Unsupported), export_model(rebuilt) as again:
         if again.manifest.graph is not None:
             return again.manifest
     return archive.manifest

@@ -13,7 +13,6 @@ from pathlib import Path
 from neutral import frameworks
 from neutral.archive import Contents
 from neutral.containers.files import check_output
-from neutral.containers.torch_program import is_program
 from neutral.errors import BadFile, NeutralError, Problem, Refused, WrongUsage, misread, reworded
 from neutral.framework import Format, Framework
 from neutral.frameworks import ARCHIVE, FRAMEWORKS
@@ -78,7 +77,7 @@ def _suffix_of_a_copy(template: Path, to: str | None) -> str:
     """The template's own suffix if files of its format have it, else their usual one; none, if a copy is a folder."""
     _, form = template_format(template, to)
     own = suffix_of(template)
-    if form.folder:
+    if form.folder or template.is_dir():
         return own if template.is_dir() and own in form.suffixes else ""
     return own if own in form.suffixes else form.suffixes[0]
 
@@ -181,11 +180,7 @@ def compare_written(
 
     A tensor is found by its name, or, in a new file whose format names tensors in its own way, by its layer and local
     name. What has neither (a layer's name that the format had to change) must be there under another one.
-
-    No reader reads a program of torch.export: `importers.torch_export` compares what it wrote before it names the file.
     """
-    if is_program(written):
-        return
     places = {
         t.name: (layer.path, local) for layer in (built.layers if built else ()) for local, t in layer.tensors.items()
     }

@@ -26,7 +26,7 @@ from neutral.containers.files import SourceFile
 from neutral.containers.paddle_file import holds_tables
 from neutral.containers.torch_program import holds_program
 from neutral.containers.zip import ZipSource
-from neutral.errors import NeutralError, Problem, Unsupported
+from neutral.errors import NeutralError
 from neutral.suffixes import suffix_of
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
@@ -156,15 +156,12 @@ def torch(probe: Probe) -> str | None:
     if any(name.rpartition("/")[2] == "data.pkl" for name in probe.members):
         return "pt"
     if holds_program(probe.members):
-        raise Unsupported(
-            Problem(
-                str(probe.path),
-                "a program of torch.export (.pt2), whose weights neutral does not read yet",
-                "a .pt",
-                "save the module or its state dict with torch.save; `neutral verify` alone takes a .pt2, to run it",
-            )
-        )
-    return None
+        return "pt2"
+    shards = probe.json.get("weight_map")
+    if isinstance(shards, dict) and shards and all(str(file).endswith(".bin") for file in shards.values()):
+        return "bin-shards"
+    beside = probe.has("pytorch_model.bin") or probe.any("*.bin.index.json")
+    return "bin-shards" if beside and not probe.any("*.safetensors") else None
 
 
 def keras(probe: Probe) -> str | None:
@@ -229,3 +226,42 @@ def live_torch(model: object) -> bool:
 def live_arrays(model: object) -> bool:
     """A dict of arrays that no framework's names are in."""
     return isinstance(model, Mapping)
+
+
+_FLAX_SUFFIX = re.compile(r"(kernel|bias|scale|embedding|mean|var|negative_slope)(/value)?")
+
+
+def flax(probe: Probe) -> str | None:
+    """A msgpack map, a folder of Orbax, or a flattened tree that says so or has the collections of Linen."""
+    if probe.is_folder:
+        marked = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "checkpoint_metadata")
+        steps = any(probe.any(f"{pattern}/{name}") for pattern in ("[0-9]*", "*[0-9]") for name in (*marked, "default"))
+        return "orbax" if any(probe.has(name) for name in marked) or steps else None
+    if probe.container == "safetensors":
+        metadata, names = probe.safetensors
+        return "flax-safetensors" if metadata.get("format") == "flax" or _is_flat_tree(names) else None
+    return "msgpack" if not probe.container and _is_map(probe.head) else None
+
+
+def _is_map(head: bytes) -> bool:
+    """True for the beginning of a msgpack map whose first key is text or a number."""
+    if not head:
+        return False
+    at = 1 if 0x81 <= head[0] <= 0x8F else {0xDE: 3, 0xDF: 5}.get(head[0], 0)
+    key = head[at] if at and len(head) > at else 0xC1
+    return 0xA0 <= key <= 0xBF or key in (0xD9, 0xDA, 0xDB)
+
+
+def _is_flat_tree(names: tuple[str, ...]) -> bool:
+    """True for names of Linen's variables with a separator between the keys."""
+    parts = [re.split(r"[/.,]", name) for name in names]
+    return bool(parts) and all(
+        len(keys) > 1 and keys[0] in ("params", "batch_stats") and _FLAX_SUFFIX.fullmatch(keys[-1]) for keys in parts
+    )
+
+
+def live_flax(model: object) -> bool:
+    """An nnx.Module, or nested dicts of arrays (a FrozenDict, a State), or a TrainState."""
+    if isinstance(model, Mapping):
+        return any(isinstance(value, Mapping) for value in model.values())
+    return instance_of(("flax", "Module"), ("flax", "State"), ("flax", "TrainState"), ("flax", "FrozenDict"))(model)

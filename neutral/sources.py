@@ -166,7 +166,7 @@ def canonical_contents(
     return Contents(layers, source, native.graph, native.ordered, native.collections, (), native.notes)
 
 
-_KEPT = ("config", "keras_version", "object_graph", "prefix", "metadata", "order", "copies", "strings")
+_KEPT = ("config", "keras_version", "object_graph", "prefix", "metadata", "order", "copies", "strings", "provenance")
 """What of a reader's metadata the archive keeps, for the writer of the same format."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from tests.columns import model_of
 from tests.columns.onnx import BLIND as ONNX_BLIND
 from tests.columns.onnx import FORMATS as ONNX_FORMATS
 from tests.columns.paddle import BLIND as PADDLE_BLIND
+from tests.columns.tfjs import FORMATS as TFJS_FORMATS
+from tests.oracle import tfjs_runner
 from tests.oracle.process import Built, OracleError, Worker, difference
 from tests.oracle.test_oracle import effective
 from tests.zoo import Case, Layer, Model, cases
@@ -290,3 +293,59 @@ def test_onnxruntime_runs_the_standards_own_examples(module: str, tmp_path: Path
             assert difference(found, outputs[0]) < 1e-4, example.name
             ran += 1
     assert ran > 1
+
+
+@pytest.fixture(scope="module")
+def tfjs_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    if reason := tfjs_runner.prepare():
+        pytest.skip(reason)
+    with Worker("tfjs", tmp_path_factory.mktemp("tfjs")) as worker:
+        yield worker
+
+
+@pytest.mark.parametrize("equal", [False, True], ids=["distinct", "equal"])
+@pytest.mark.parametrize("name", cases())
+def test_tfjs_reloads_its_own_file(name: str, equal: bool, tfjs_worker: Worker) -> None:
+    if name in cases(equal) and has(cases(equal)[name], "tfjs"):
+        reloads(tfjs_worker, name, equal)
+
+
+@pytest.mark.parametrize("equal", [False, True], ids=["distinct", "equal"])
+@pytest.mark.parametrize("name", cases())
+def test_tfjs_computes_what_keras_computes(name: str, equal: bool, keras_worker: Worker, tfjs_worker: Worker) -> None:
+    """The weights are the same arrays, in the same order but for the statistics, which stand last."""
+    if name not in cases(equal) or not has(cases(equal)[name], "tfjs"):
+        return
+    source = keras_worker.build(name, seed=1, equal=equal, formats=[])
+    template = tfjs_worker.build(name, seed=2, equal=equal, formats=[])
+    ordered = sorted(source.weights, key=lambda weight: "/moving_" in weight)
+    pairs = list(zip(template.weights, ordered, strict=True))
+    assert all(ours.endswith(theirs.rsplit("/", 1)[1]) for ours, theirs in pairs)
+    copied = {ours: source.weights[theirs] for ours, theirs in pairs}
+    assert {ours: array.shape for ours, array in copied.items()} == {
+        ours: array.shape for ours, array in template.weights.items()
+    }
+    assert difference(template.output, source.output) > 1e-3, "a template must not be right already"
+    built = tfjs_worker.build(name, seed=1, equal=equal, formats=[], weights=copied)
+    assert difference(built.output, source.output) < CLOSE
+
+
+@pytest.mark.parametrize("name", cases())
+def test_every_tfjs_tensor_matters(name: str, tfjs_worker: Worker) -> None:
+    if has(cases()[name], "tfjs"):
+        assert tfjs_worker.unseen(name, seed=1) == []
+
+
+def test_tfjs_writes_shards(tfjs_worker: Worker) -> None:
+    built = tfjs_worker.build("lstm_stack2", seed=3, formats=TFJS_FORMATS)
+    assert {kind: len(list(file.parent.glob("*.bin"))) for kind, file in built.files.items()} == {
+        "layers": 1,
+        "layers_sharded": 3,
+    }
+    for file in built.files.values():
+        assert difference(tfjs_worker.forward("lstm_stack2", file, built.inputs), built.output) < 1e-6
+
+
+def test_tfjs_without_node_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert tfjs_runner.prepare() == "TensorFlow.js needs node and npm, not found on this machine"
