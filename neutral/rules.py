@@ -13,6 +13,7 @@ array([[1., 2.],
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from neutral.errors import Problem, Refused
 from neutral.native import Computed, Tensor, from_array, stack
 
 
@@ -192,6 +194,31 @@ def spectral_norm_kernel(raw: Tensor, u: Tensor, v: Tensor, axis: int) -> Tensor
         return (w / sigma).astype(raw.dtype)
 
     return Computed(raw.shape, raw.dtype, compute)
+
+
+def scaled(tensor: Tensor, factor: float) -> Tensor:
+    """Elements times a power of two, which is exact; `Refused` where one is too large or too small for it.
+
+    >>> scaled(from_array(np.array([1.5, -3.0])), 0.5).read()
+    array([ 0.75, -1.5 ])
+    """
+    dtype = tensor.dtype
+
+    def compute() -> Any:
+        whole = tensor.read()
+        found = (whole * dtype.type(factor)).astype(dtype)
+        if not np.array_equal((found * dtype.type(1 / factor)).astype(dtype), whole, equal_nan=True):
+            raise Refused(
+                Problem("scale", f"elements that {factor:g} times are no {dtype}", "elements inside its range")
+            )
+        return found
+
+    return Computed(tensor.shape, dtype, compute)
+
+
+def is_power_of_two(factor: float) -> bool:
+    """True for a factor by which floats can be multiplied and divided without rounding."""
+    return math.isfinite(factor) and factor > 0 and math.frexp(factor)[0] == 0.5
 
 
 _WITH_INFINITIES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")

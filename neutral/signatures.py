@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from neutral.containers.files import SourceFile
 from neutral.containers.paddle_file import holds_tables
+from neutral.containers.protobuf import BYTES, VARINT, FileReader
 from neutral.containers.torch_program import holds_program
 from neutral.containers.zip import ZipSource
 from neutral.errors import NeutralError
@@ -189,6 +190,27 @@ def safetensors(probe: Probe) -> str | None:
     if probe.any("*.safetensors.index.json") or "weight_map" in probe.json:
         return "shards"
     return "safetensors" if probe.any("*.safetensors") else None
+
+
+_ONNX_NUMBERS, _ONNX_GRAPH, _ONNX_PARTS = (1, 5), 7, (2, 3, 4, 6, 7, 8, 14, 20, 25, 26)
+_MOST_ONNX_PARTS = 4096
+
+
+def onnx(probe: Probe) -> str | None:
+    """A protobuf that is, to its last byte, the fields of a ModelProto: a version, and one graph among others."""
+    if probe.container or not probe.head:
+        return None
+    seen: list[int] = []
+    try:
+        with SourceFile(probe.path) as file:
+            for part in FileReader(file, str(probe.path), _MOST_ONNX_PARTS).fields(0, file.size):
+                wire = VARINT if part.number in _ONNX_NUMBERS else BYTES
+                if part.number not in (*_ONNX_NUMBERS, *_ONNX_PARTS) or part.wire != wire:
+                    return None
+                seen.append(part.number)
+    except NeutralError:
+        return None
+    return "onnx" if 1 in seen and seen.count(_ONNX_GRAPH) == 1 else None
 
 
 def paddle(probe: Probe) -> str | None:
