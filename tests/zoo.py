@@ -556,22 +556,22 @@ def normalization(d: Sizes) -> Iterator[Case]:
         "layer_norm",
         "layer_norm",
         words,
-        layer("layer", "LayerNorm", normalized_shape=d(3), eps=0.03),
-        layer("layer", "LayerNormalization", epsilon=0.03),
+        layer("layer", "LayerNorm", normalized_shape=d(3), eps=0.0007),
+        layer("layer", "LayerNormalization", epsilon=0.0007),
     )
     yield case(
         "layer_norm_no_bias",
         "layer_norm",
         words,
-        layer("layer", "LayerNorm", normalized_shape=d(3), eps=0.03, bias=False),
-        layer("layer", "LayerNormalization", epsilon=0.03, center=False),
+        layer("layer", "LayerNorm", normalized_shape=d(3), eps=0.0007, bias=False),
+        layer("layer", "LayerNormalization", epsilon=0.0007, center=False),
     )
     yield case(
         "layer_norm_image",
         "layer_norm",
         image,
-        layer("layer", "LayerNorm", normalized_shape=(d(3), d(5), d(7)), eps=0.03),
-        layer("layer", "LayerNormalization", axis=[1, 2, 3], epsilon=0.03),
+        layer("layer", "LayerNorm", normalized_shape=(d(3), d(5), d(7)), eps=0.0007),
+        layer("layer", "LayerNormalization", axis=[1, 2, 3], epsilon=0.0007),
         may_refuse=TO_TORCH | TO_KERAS,
         notes="over a whole feature map: the scale itself is (C, H, W) in torch and (H, W, C) in Keras",
     )
@@ -898,8 +898,8 @@ def flattened(d: Sizes) -> Iterator[Case]:
             "conv2d_flatten_layer_norm_dense",
             "flatten",
             x,
-            [first, flat, layer("norm", "LayerNorm", normalized_shape=features, eps=0.03), head],
-            [entry, flat, layer("norm", "LayerNormalization", epsilon=0.03), last],
+            [first, flat, layer("norm", "LayerNorm", normalized_shape=features, eps=0.0007), head],
+            [entry, flat, layer("norm", "LayerNormalization", epsilon=0.0007), last],
             "nc",
             flatten={"norm": d(9), "head": d(9)},
         )
