@@ -13,12 +13,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
+from neutral.containers.hub_folder import provenance
 from neutral.containers.safetensors import TensorSet, aliases, open_safetensors, usual_order
 from neutral.errors import BadFile, Problem, Refused, WrongUsage
 from neutral.exporters.state_dict import common_prefix, layers_from_state_dict
 from neutral.native import NativeModel, NativeTensor
 
-_OTHER_LAYOUTS: Final = ("tf", "flax", "jax", "mlx", "keras")
+_OTHER_LAYOUTS: Final = ("tf", "flax", "jax", "mlx", "keras", "paddle", "pd")
 
 
 def read(source: Path, *, key: str | None = None) -> NativeModel:
@@ -56,10 +57,17 @@ def _model(source: Path, opened: TensorSet) -> NativeModel:
         framework="torch",
         format="safetensors",
         layers=layers_from_state_dict(tensors),
-        metadata=_metadata(opened),
+        metadata=_metadata(opened) | ({"provenance": beside} if (beside := _beside(source, opened)) else {}),
         notes=(f"the prefix {prefix} of every name is left out of the layer paths",) if prefix else (),
         close=opened.close,
     )
+
+
+def _beside(source: Path, opened: TensorSet) -> dict[str, Any]:
+    """What a folder of Hugging Face says of its model; nothing of a single file that was named itself."""
+    if source.is_dir():
+        return provenance(source)
+    return provenance(opened.index.parent) if opened.index is not None else {}
 
 
 def _metadata(opened: TensorSet) -> dict[str, Any]:

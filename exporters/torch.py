@@ -60,8 +60,13 @@ _KNOWN_GLOBALS: Final = (
 def read(source: Path, *, key: str | None = None) -> NativeModel:
     """The weights in a file of torch.save; `key` (keys joined by dots) names the set if there are several.
 
-    Of a program of torch.export (`.pt2`): its weights, see `exporters.torch_program`.
+    Of a program of torch.export (`.pt2`): its weights, see `exporters.torch_program`; of a folder, or the index of a set of
+    shards: `exporters.torch_shards`.
     """
+    if source.is_dir() or source.name.endswith(".json"):
+        from neutral.exporters import torch_shards
+
+        return torch_shards.read(source, key=key)
     if is_program(source):
         from neutral.exporters import torch_program
 

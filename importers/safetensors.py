@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neutral.containers.files import SourceFile, check_output, new_file, new_folder, refuse_same
+from neutral.containers.hub_folder import copy_companions
 from neutral.containers.safetensors import (
     TensorSet,
     aliases,
@@ -43,7 +44,14 @@ def fill(
     try:
         new = _without_aliases(opened, tensors)
         raise_all(Refused, misfits(str(template), opened.tensors, new))
-        if opened.index is None:
+        if opened.index is None and template.is_dir():
+            (source,) = opened.files
+            refuse_same(out, template)
+            with new_folder(out, force) as folder:
+                with new_file(folder / source.path.name) as file:
+                    replace_tensors(source, file, new)
+                copy_companions(template, folder, frozenset({source.path.name}))
+        elif opened.index is None:
             (source,) = opened.files
             refuse_same(out, source.path)
             with new_file(out, force) as file:
@@ -54,6 +62,8 @@ def fill(
             refuse_same(out, opened.index.parent)
             with new_folder(out, force) as folder:
                 _fill_shards(opened, opened.index, new, folder / opened.index.name, force)
+                written = frozenset({opened.index.name, *(file.path.name for file in opened.files)})
+                copy_companions(opened.index.parent, folder, written)
     finally:
         opened.close()
 

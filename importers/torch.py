@@ -40,6 +40,11 @@ def fill(
 
     `key` names the weight set if the file has several.
     """
+    if template.is_dir() or template.name.endswith(".json"):
+        from neutral.importers import torch_shards
+
+        torch_shards.fill(template, tensors, out, force=force, key=key)
+        return
     refuse_same(out, template)
     if is_program(template):
         _fill_program(template, tensors, out, force)

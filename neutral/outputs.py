@@ -77,7 +77,7 @@ def _suffix_of_a_copy(template: Path, to: str | None) -> str:
     """The template's own suffix if files of its format have it, else their usual one; none, if a copy is a folder."""
     _, form = template_format(template, to)
     own = suffix_of(template)
-    if form.folder:
+    if form.folder or template.is_dir():
         return own if template.is_dir() and own in form.suffixes else ""
     return own if own in form.suffixes else form.suffixes[0]
 

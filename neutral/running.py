@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from neutral.containers.files import SourceFile
 from neutral.containers.keras_file import open_keras
+from neutral.containers.onnx import open_onnx
 from neutral.containers.zip import ZipSource
 from neutral.conventions.keras_config import is_keras2, renamed_since_keras2
 from neutral.errors import NeutralError, Problem, Refused, Unsupported, printable
@@ -38,9 +39,7 @@ from neutral.schema.manifest import Manifest
 Array = npt.NDArray[Any]
 Axes = tuple[str, ...]
 
-RUNS = (
-    "a .keras or whole-model .h5, a SavedModel, a .pt2, a pickled module of torch.nn's classes, or a file with a graph"
-)
+RUNS = "a .keras or whole-model .h5, a SavedModel, a .pt2, an .onnx, a pickled module of torch.nn's classes, or a file with a graph"
 
 
 @dataclass(frozen=True)
@@ -255,6 +254,49 @@ def saved_model(path: Path, manifest: Manifest) -> Runnable:
 
 def _natural(name: str) -> tuple[tuple[int, str], ...]:
     return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name))
+
+
+# --- ONNX ---
+
+_ELEMENTS = {"float": "float32", "double": "float64"}
+"""Names of dtypes that ONNX has otherwise."""
+
+
+def onnx_model(path: Path, manifest: Manifest | None = None) -> Runnable:
+    """An `.onnx`: operators alone, which onnxruntime itself has. The file and its external data were read before."""
+    _need(path, "onnxruntime")
+    open_onnx(path).close()
+    with framework_errors(str(path), "loading it"):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    given = session.get_inputs()
+    graph = manifest.graph if manifest is not None else None
+    known = {port.name: port.axes for port in _graph_ports(graph) or ()}
+    ports = tuple(
+        Port(
+            x.name,
+            tuple(n if type(n) is int and n >= 0 else None for n in x.shape),
+            _onnx_dtype(x.type),
+            known.get(x.name),
+        )
+        for x in given
+    )
+
+    def run(arrays: Sequence[Array]) -> list[Array]:
+        fed = {port.name: np.asarray(x).astype(port.dtype) for port, x in zip(ports, arrays, strict=True)}
+        outputs = session.run(None, fed)
+        return [y.astype(np.float64) if y.dtype.kind == "f" else y for y in map(np.asarray, outputs)]
+
+    return Runnable(f"{path}, {_by('onnxruntime')}", False, ports, _graph_outputs(graph), run, manifest)
+
+
+def _onnx_dtype(told: str) -> str:
+    """The dtype in `tensor(float)`."""
+    name = told.removeprefix("tensor(").removesuffix(")")
+    return _ELEMENTS.get(name, name)
 
 
 # --- torch ---

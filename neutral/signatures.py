@@ -23,13 +23,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from neutral.containers.files import SourceFile
+from neutral.containers.paddle_file import holds_tables
+from neutral.containers.protobuf import BYTES, VARINT, FileReader
 from neutral.containers.torch_program import holds_program
 from neutral.containers.zip import ZipSource
 from neutral.errors import NeutralError
 from neutral.suffixes import suffix_of
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 _SSTABLE = bytes.fromhex("57fb808b247547db")
 _LONGEST_JSON = 256 << 20
 
@@ -152,10 +153,16 @@ def instance_of(*classes: tuple[str, str]) -> Live:
 
 def torch(probe: Probe) -> str | None:
     if probe.container in ("pickle", "tar"):
-        return "pt-legacy"
+        return None if paddle(probe) is not None else "pt-legacy"
     if any(name.rpartition("/")[2] == "data.pkl" for name in probe.members):
         return "pt"
-    return "pt2" if holds_program(probe.members) else None
+    if holds_program(probe.members):
+        return "pt2"
+    shards = probe.json.get("weight_map")
+    if isinstance(shards, dict) and shards and all(str(file).endswith(".bin") for file in shards.values()):
+        return "bin-shards"
+    beside = probe.has("pytorch_model.bin") or probe.any("*.bin.index.json")
+    return "bin-shards" if beside and not probe.any("*.safetensors") else None
 
 
 def keras(probe: Probe) -> str | None:
@@ -179,10 +186,41 @@ def numpy(probe: Probe) -> str | None:
 
 def safetensors(probe: Probe) -> str | None:
     if probe.container == "safetensors":
-        return "safetensors"
+        return None if paddle(probe) is not None else "safetensors"
     if probe.any("*.safetensors.index.json") or "weight_map" in probe.json:
         return "shards"
     return "safetensors" if probe.any("*.safetensors") else None
+
+
+_ONNX_NUMBERS, _ONNX_GRAPH, _ONNX_PARTS = (1, 5), 7, (2, 3, 4, 6, 7, 8, 14, 20, 25, 26)
+_MOST_ONNX_PARTS = 4096
+
+
+def onnx(probe: Probe) -> str | None:
+    """A protobuf that is, to its last byte, the fields of a ModelProto: a version, and one graph among others."""
+    if probe.container or not probe.head:
+        return None
+    seen: list[int] = []
+    try:
+        with SourceFile(probe.path) as file:
+            for part in FileReader(file, str(probe.path), _MOST_ONNX_PARTS).fields(0, file.size):
+                wire = VARINT if part.number in _ONNX_NUMBERS else BYTES
+                if part.number not in (*_ONNX_NUMBERS, *_ONNX_PARTS) or part.wire != wire:
+                    return None
+                seen.append(part.number)
+    except NeutralError:
+        return None
+    return "onnx" if 1 in seen and seen.count(_ONNX_GRAPH) == 1 else None
+
+
+def paddle(probe: Probe) -> str | None:
+    """A pickle with paddle's own tables or pairs in it, or of its suffix; what jit.save makes, to be refused in words."""
+    suffix = suffix_of(probe.path)
+    if probe.container == "safetensors":
+        return "paddle-safetensors" if probe.safetensors[0].get("format") == "paddle" else None
+    if suffix in (".pdparams", ".pdopt", ".pdiparams", ".pdmodel") and probe.container in ("pickle", ""):
+        return "pdparams"
+    return "pdparams" if probe.container == "pickle" and holds_tables(probe.path) else None
 
 
 def tfjs(probe: Probe) -> str | None:
@@ -217,3 +255,42 @@ def live_torch(model: object) -> bool:
 def live_arrays(model: object) -> bool:
     """A dict of arrays that no framework's names are in."""
     return isinstance(model, Mapping)
+
+
+_FLAX_SUFFIX = re.compile(r"(kernel|bias|scale|embedding|mean|var|negative_slope)(/value)?")
+
+
+def flax(probe: Probe) -> str | None:
+    """A msgpack map, a folder of Orbax, or a flattened tree that says so or has the collections of Linen."""
+    if probe.is_folder:
+        marked = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "checkpoint_metadata")
+        steps = any(probe.any(f"{pattern}/{name}") for pattern in ("[0-9]*", "*[0-9]") for name in (*marked, "default"))
+        return "orbax" if any(probe.has(name) for name in marked) or steps else None
+    if probe.container == "safetensors":
+        metadata, names = probe.safetensors
+        return "flax-safetensors" if metadata.get("format") == "flax" or _is_flat_tree(names) else None
+    return "msgpack" if not probe.container and _is_map(probe.head) else None
+
+
+def _is_map(head: bytes) -> bool:
+    """True for the beginning of a msgpack map whose first key is text or a number."""
+    if not head:
+        return False
+    at = 1 if 0x81 <= head[0] <= 0x8F else {0xDE: 3, 0xDF: 5}.get(head[0], 0)
+    key = head[at] if at and len(head) > at else 0xC1
+    return 0xA0 <= key <= 0xBF or key in (0xD9, 0xDA, 0xDB)
+
+
+def _is_flat_tree(names: tuple[str, ...]) -> bool:
+    """True for names of Linen's variables with a separator between the keys."""
+    parts = [re.split(r"[/.,]", name) for name in names]
+    return bool(parts) and all(
+        len(keys) > 1 and keys[0] in ("params", "batch_stats") and _FLAX_SUFFIX.fullmatch(keys[-1]) for keys in parts
+    )
+
+
+def live_flax(model: object) -> bool:
+    """An nnx.Module, or nested dicts of arrays (a FrozenDict, a State), or a TrainState."""
+    if isinstance(model, Mapping):
+        return any(isinstance(value, Mapping) for value in model.values())
+    return instance_of(("flax", "Module"), ("flax", "State"), ("flax", "TrainState"), ("flax", "FrozenDict"))(model)

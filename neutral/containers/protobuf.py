@@ -10,6 +10,7 @@ compared with the bytes that are there, and nothing recurses.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from neutral.errors import BadFile, Problem
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 _LONGEST_VARINT = 10
 _EMPTY = memoryview(b"")
+_WINDOW = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,121 @@ def file_fields(file: SourceFile, start: int, stop: int, where: str) -> Iterator
             at += _fixed_size(wire, where)
     if at > stop:
         raise _short(where)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One field of a message in a file, unread: its payload (of a varint or fixed field: `value`) from `at` to `stop`,
+    its tag from `head` on."""
+
+    number: int
+    wire: int
+    head: int
+    at: int
+    stop: int
+    value: int = 0
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.at
+
+    def integer(self, where: str) -> int:
+        """The value of a varint, as the int32, int64, bool or enum that protobuf writes (two's complement)."""
+        return Field(self.number, self.wire, self.at, self.value).integer(where)
+
+
+class FileReader:
+    """Messages in a file, walked field by field through a window; what is long is never read unless asked for.
+
+    All that it walks is counted: a file of more than `most` fields is refused.
+    """
+
+    def __init__(self, file: SourceFile, where: str, most: int) -> None:
+        self.file = file
+        self.where = where
+        self._most = most
+        self._count = 0
+        self._window = _EMPTY
+        self._start = 0
+
+    def fields(self, start: int, stop: int) -> Iterator[Place]:
+        """The fields of the message between two positions in the file."""
+        at = start
+        while at < stop:
+            self._count += 1
+            if self._count > self._most:
+                raise BadFile(Problem(self.where, f"over {self._most} fields", "fewer", "is this a file of weights?"))
+            head = at
+            view = self._view(at, min(2 * _LONGEST_VARINT, stop - at))
+            number, wire, value, used = _head(view, 0, self.where)
+            at += used
+            if wire == VARINT:
+                yield Place(number, wire, head, at, at, value)
+                continue
+            size = value if wire == BYTES else _fixed_size(wire, self.where)
+            if size > stop - at:
+                raise _short(self.where)
+            fixed = 0 if wire == BYTES else int.from_bytes(self._view(at, size), "little")
+            yield Place(number, wire, head, at, at + size, fixed)
+            at += size
+
+    def message(self, place: Place) -> Iterator[Place]:
+        """The fields of a nested message."""
+        self._expect_bytes(place)
+        return self.fields(place.at, place.stop)
+
+    def data(self, place: Place, most: int) -> bytes:
+        """The bytes of a length-delimited field of at most so many."""
+        self._expect_bytes(place)
+        if place.length > most:
+            raise BadFile(Problem(self.where, f"field {place.number} of {place.length} bytes", f"at most {most}"))
+        return bytes(self._view(place.at, place.length))
+
+    def string(self, place: Place, most: int) -> str:
+        """The text of a string field of at most so many bytes."""
+        return decoded(self.data(place, most), self.where)
+
+    def integers(self, place: Place, most: int) -> list[int]:
+        """What one occurrence of a repeated integer field holds: one number, or several, packed."""
+        if place.wire == VARINT:
+            return [place.integer(self.where)]
+        data = memoryview(self.data(place, most))
+        found, at = [], 0
+        while at < len(data):
+            value, at = read_varint(data, at, self.where)
+            found.append(value - (1 << 64) if value >> 63 else value)
+        self._counted(len(found))
+        return found
+
+    def floats(self, place: Place, most: int) -> list[float]:
+        """What one occurrence of a repeated float field holds: one number, or several, packed."""
+        if place.wire == FIXED32:
+            return [float(value) for value in struct.unpack("<f", place.value.to_bytes(4, "little"))]
+        data = self.data(place, most)
+        if len(data) % 4:
+            raise BadFile(Problem(self.where, f"floats in {len(data)} bytes", "four bytes each", "the file is damaged"))
+        self._counted(len(data) // 4)
+        return list(struct.unpack(f"<{len(data) // 4}f", data))
+
+    def _counted(self, numbers: int) -> None:
+        self._count += numbers
+
+    def _expect_bytes(self, place: Place) -> None:
+        if place.wire != BYTES:
+            raise BadFile(
+                Problem(self.where, f"field {place.number} with wire type {place.wire}", f"wire type {BYTES}")
+            )
+
+    def _view(self, at: int, length: int) -> memoryview:
+        if length > _WINDOW:
+            return memoryview(self.file.read(at, length))
+        if not self._start <= at <= at + length <= self._start + len(self._window):
+            self._window = memoryview(self.file.read(at, min(_WINDOW, self.file.size - at)))
+            self._start = at
+        begin = at - self._start
+        if begin + length > len(self._window):
+            raise _short(self.where)
+        return self._window[begin : begin + length]
 
 
 def _head(view: memoryview, at: int, where: str) -> tuple[int, int, int, int]:

@@ -1,0 +1,153 @@
+"""Flax's files and live objects, written from native tensors. Files are written without Flax and JAX.
+
+fill(Path("model.msgpack"), {"params/Dense_0/kernel": kernel}, Path("new.msgpack"))   the file with other elements
+fill_live(variables, {"params/Dense_0/kernel": kernel})                               the same, in place
+build(model, manifest, Path("new.msgpack"))                                           a new file of variables
+build(model, manifest, Path("new"))                                                   a new folder of Orbax
+
+A new file has the variables of Linen, {"params": …, "batch_stats": …}; one of a Flax source has its tree again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from neutral.containers.files import new_file, refuse_same
+from neutral.containers.pytree import (
+    replace_msgpack,
+    replace_orbax,
+    write_msgpack,
+    write_orbax,
+)
+from neutral.containers.safetensors import misfits, open_safetensors, replace_tensors, usual_order, write
+from neutral.containers.tree import Path as Place
+from neutral.conventions.flax import PARAMS, SEPARATORS, STATISTICS, separator_of
+from neutral.errors import Problem, Refused, Unsupported, printable, raise_all
+from neutral.native import NativeModel, Tensor
+from neutral.suffixes import suffix_of
+
+if TYPE_CHECKING:
+    from neutral.schema.manifest import Manifest
+
+MSGPACK: Final = ".msgpack"
+SAFETENSORS: Final = ".safetensors"
+ORBAX: Final = (".orbax", "")
+
+
+def fill(
+    template: Path, tensors: Mapping[str, Tensor], out: Path, *, force: bool = False, key: str | None = None
+) -> None:
+    """A copy of a file or folder in which the tensors named have new elements; all else stays as it was."""
+    if suffix_of(template) == SAFETENSORS and template.is_file():
+        _fill_safetensors(template, tensors, out, force)
+        return
+    leaves = {place_of(name): data for name, data in tensors.items()}
+    if template.is_dir():
+        replace_orbax(template, leaves, out, force=force)
+    else:
+        replace_msgpack(template, leaves, out, force=force)
+
+
+def _fill_safetensors(template: Path, tensors: Mapping[str, Tensor], out: Path, force: bool) -> None:
+    opened = open_safetensors(template)
+    try:
+        separator = separator_of(opened.tensors)
+        new = {separator.join(place_of(name)): data for name, data in tensors.items()}
+        raise_all(Refused, misfits(str(template), opened.tensors, new))
+        (source,) = opened.files
+        refuse_same(out, source.path)
+        with new_file(out, force) as file:
+            replace_tensors(source, file, new)
+    finally:
+        opened.close()
+
+
+def place_of(name: str) -> Place:
+    """The keys of a leaf's full name.
+
+    >>> place_of("params/WeightNorm_0/Dense_0~1kernel~1scale")
+    ('params', 'WeightNorm_0', 'Dense_0/kernel/scale')
+    """
+    return tuple(key.replace("~1", "/").replace("~0", "~") for key in name.split("/"))
+
+
+def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = False) -> None:
+    """A new file of the suffix's format, or a folder of Orbax."""
+    own = manifest.source.framework == "flax"
+    settings: Mapping[str, Any] = manifest.source.settings if own else {}
+    leaves = _own_leaves(model, manifest) if own else dict(_linen_leaves(model))
+    suffix = suffix_of(out)
+    if suffix == SAFETENSORS:
+        _build_safetensors(leaves, settings, out, force)
+    elif suffix == MSGPACK:
+        others, kept = _beside(settings, manifest.source.format == "msgpack")
+        write_msgpack(leaves, others, out, kept, force=force)
+    elif suffix in ORBAX:
+        others, kept = _beside(settings, manifest.source.format == "orbax")
+        write_orbax(leaves, others, out, kept, force=force)
+    else:
+        raise Unsupported(
+            Problem(str(out), f"the suffix {printable(out.suffix)}", f"{MSGPACK}, {SAFETENSORS} or {ORBAX[0]}")
+        )
+
+
+def _linen_leaves(model: NativeModel) -> Iterator[tuple[Place, Tensor]]:
+    """The variables of Linen: running statistics in a collection of their own."""
+    for layer in model.layers:
+        above = tuple(layer.path.split(".")) if layer.path else ()
+        for local, tensor in layer.tensors.items():
+            statistic = layer.cls == "BatchNorm" and local in ("mean", "var")
+            yield (STATISTICS if statistic else PARAMS, *above, *local.split("/")), tensor.data
+
+
+def _own_leaves(model: NativeModel, manifest: Manifest) -> dict[Place, Tensor]:
+    """The tree that the source had, in its order; of several sets of weights the one that was chosen."""
+    tensors = {tensor.name: tensor.data for tensor in model.tensors()}
+    if not _settings(manifest.source.settings).get("several"):
+        tensors |= {t.name: t.data for members in model.collections.values() for t in members}
+    order = manifest.source.settings.get("order")
+    known = order if isinstance(order, list) else manifest.source.order
+    rank = {str(name): i for i, name in enumerate(known)}
+    return {place_of(name): tensors[name] for name in sorted(tensors, key=lambda name: rank.get(name, len(rank)))}
+
+
+def _settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = settings.get("metadata")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _beside(settings: Mapping[str, Any], same: bool) -> tuple[dict[Place, object], dict[str, Any]]:
+    """What the source's tree has beside arrays, and what a writer of its format remembers of it."""
+    kept = _settings(settings)
+    listed = kept.get("others", ())
+    pairs = (
+        [pair for pair in listed if isinstance(pair, Sequence) and len(pair) == 2]
+        if isinstance(listed, Sequence)
+        else []
+    )
+    others = {tuple(map(str, place)): value for place, value in pairs if isinstance(place, Sequence)}
+    tree = kept.get("tree")
+    return others, dict(tree) if same and isinstance(tree, Mapping) else {}
+
+
+def _build_safetensors(leaves: Mapping[Place, Tensor], settings: Mapping[str, Any], out: Path, force: bool) -> None:
+    """A flattened tree; the separator is the source's, else one that no key has in it."""
+    used = {character for place in leaves for key in place for character in key}
+    told = _settings(settings).get("separator")
+    fit = [s for s in (told, *reversed(SEPARATORS)) if s in SEPARATORS and s not in used]
+    if not fit:
+        raise Refused(
+            Problem(
+                str(out),
+                f"keys with {' and '.join(SEPARATORS)} in them",
+                "one that can separate them",
+                f"write {MSGPACK}",
+            )
+        )
+    pairs = _settings(settings).get("pairs")
+    metadata = {str(k): str(v) for k, v in pairs} if isinstance(pairs, list) else {"format": "flax"}
+    named = usual_order((fit[0].join(place), data) for place, data in leaves.items())
+    with new_file(out, force) as file:
+        write(file, named, metadata)

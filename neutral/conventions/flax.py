@@ -1,0 +1,318 @@
+"""How Flax stores layers, Linen and NNX alike. Names are those of the parameter tree below a layer, `/` between levels.
+
+Parameters and running statistics of a layer count as one: a reader joins the collections `params` and `batch_stats`. The
+cell of an `nn.RNN` is named `cell/…` in it, those of a `Bidirectional` `forward_rnn/cell/…` and `backward_rnn/cell/…`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
+
+from neutral.conventions.flax_settings import (
+    attention,
+    batch_norm,
+    conv,
+    conv_transpose,
+    dense,
+    einsum_forms,
+    group_norm,
+    gru,
+    layer_norm,
+    lstm,
+    norm,
+    simple_rnn,
+)
+from neutral.conventions.forms import Attributes, Config, Convention, Form, Row, Sizes, layer
+
+PARAMS = "params"
+STATISTICS = "batch_stats"
+SEPARATORS = ("/", ",", ".")
+"""What may stand between the keys of a flattened tree, the surest first."""
+
+
+def separator_of(names: Iterable[str]) -> str:
+    """What stands between the keys of flattened names.
+
+    >>> separator_of(["params/fc.1/kernel"]), separator_of(["params,fc,kernel"]), separator_of(["fc.kernel", "scale"])
+    ('/', ',', '.')
+    """
+    known = list(names)
+    return next((s for s in SEPARATORS if any(s in name for name in known)), ".")
+
+
+def full_name(path: Sequence[str]) -> str:
+    """A leaf's full name. A slash within a key is written ~1, a tilde ~0.
+
+    >>> full_name(("params", "WeightNorm_0", "Dense_0/kernel/scale"))
+    'params/WeightNorm_0/Dense_0~1kernel~1scale'
+    """
+    return "/".join(key.replace("~", "~0").replace("/", "~1") for key in path)
+
+
+LSTM_GATES = ("ii", "if", "ig", "io", "hi", "hf", "hg", "ho")
+LSTM_GATES_NNX = ("ii", "if_", "ig", "io", "hi", "hf", "hg", "ho")
+GRU_GATES = ("ir", "iz", "in", "hr", "hz", "hn")
+SIMPLE_PARTS = ("i", "h")
+FUSED_PARTS = ("dense_i", "dense_h")
+
+CELLS = (LSTM_GATES, LSTM_GATES_NNX, GRU_GATES, SIMPLE_PARTS, FUSED_PARTS)
+"""The names below a recurrent cell, by which it is known."""
+
+ATTENTION_PARTS = ("query", "key", "value", "out")
+
+_DIRECTIONS = "{direction:forward_rnn/cell/|backward_rnn/cell/}"
+
+
+def _with_space(sizes: Sizes) -> bool:
+    return "x0" in sizes
+
+
+# Dense
+
+
+def _general(taken: int, made: int) -> Form:
+    """A DenseGeneral over several axes. Its bias tells how many it makes, if it has no batch axes in front of them."""
+    ins, outs = (" ".join(f"{name}{i}" for i in range(n)) for name, n in (("in", taken), ("out", made)))
+
+    def without_batch(sizes: Sizes) -> bool:
+        return made == 1 or sizes["in0"] != sizes["out0"]
+
+    part = layer(
+        "dense",
+        Row("kernel", "kernel", f"{ins} {outs}", f"({outs}) ({ins})"),
+        Row("bias", "bias", outs, f"({outs})", required=True),
+        attributes=dense,
+        check=without_batch,
+    )
+    return Form(("DenseGeneral", "LinearGeneral"), (part,), applies=_axes_not_told)
+
+
+def _axes_not_told(config: Config) -> bool:
+    return "features" not in config
+
+
+_PLAIN_DENSE = Form(
+    ("Dense", "Linear", "DenseGeneral", "LinearGeneral"),
+    (layer("dense", Row("kernel", "kernel", "in out"), Row("bias", "bias", "out"), attributes=dense),),
+)
+
+_UNNAMED_EINSUMS = tuple(
+    # A kernel whose class is not known may be that of an Einsum, whose equation alone tells its axes.
+    Form(
+        ("Einsum",),
+        (layer("einsum_dense", Row("kernel", "kernel", axes, axes), Row("bias", "bias", raw=True)),),
+        applies=lambda config: False,
+        says="equation=EQUATION",
+        vague=True,
+    )
+    for axes in ("a b", "a b c", "a b c d", "a b c d e")
+)
+
+
+# Convolutions
+
+
+def _transposed(kernel: bool) -> tuple[Form, ...]:
+    """By `transpose_kernel`: (k out in); without it, as is usual, (k in out) and turned around."""
+    forms = []
+    for axes in ("x0", "x0 x1", "x0 x1 x2"):
+        space = axes if kernel else " ".join(f"~{axis}" for axis in axes.split())
+        native = f"{space} out in" if kernel else f"{space} in out"
+        part = layer(
+            "conv_transpose",
+            Row("kernel", "kernel", native, f"in out {axes}"),
+            Row("bias", "bias", "channel"),
+            attributes=conv_transpose,
+            check=lambda sizes: sizes.get("channel", sizes["out"]) == sizes["out"],
+        )
+        says = f"transpose_kernel={str(kernel).lower()}"
+        forms.append(Form(("ConvTranspose",), (part,), applies=_told("transpose_kernel", kernel), says=says))
+    return tuple(forms)
+
+
+def _told(name: str, value: bool) -> Callable[[Config], bool]:
+    """True for layers of which a setting is known to be so; what nobody says applies to none."""
+    return lambda config: config.get(name) is value
+
+
+# Norms
+
+
+_AFFINE = (Row("scale", "scale", "feature"), Row("bias", "bias", "feature"))
+
+
+def _layer_norms() -> tuple[Form, ...]:
+    """One or two axes are the last ones of a sequence; three or more those of an image, its channels last."""
+    axes = {"feature": "feature", "y x": "y x", "h w c": "c h w", "d h w c": "c d h w"}
+    return tuple(
+        Form(
+            ("LayerNorm",),
+            (
+                layer(
+                    "layer_norm",
+                    Row("scale", "scale", native, canonical),
+                    Row("bias", "bias", native, canonical),
+                    attributes=layer_norm,
+                ),
+            ),
+        )
+        for native, canonical in axes.items()
+    )
+
+
+# Recurrent layers
+
+
+def _square_state(sizes: Sizes) -> bool:
+    return sizes["hidden"] == sizes["unit"]
+
+
+def _gate(names: str) -> str:
+    """The names of one tensor per gate as a brace."""
+    return "{gate:" + names + "}"
+
+
+def _cells(classes: tuple[str, ...], kind: str, attributes: Attributes, rows: Callable[[str], list[Row]]) -> list[Form]:
+    """A cell by itself, in an RNN, and one per direction."""
+
+    def applies(config: Config) -> bool:
+        return not config.get("residual")
+
+    return [
+        Form(named, (layer(kind, *rows(prefix), attributes=attributes, check=_square_state),), applies=applies)
+        for prefix, named in (("", classes), ("cell/", ("RNN",)), (_DIRECTIONS, ("Bidirectional",)))
+    ]
+
+
+def _lstm(forget: str) -> Callable[[str], list[Row]]:
+    """One tensor per gate, of which those of the recurrent side have the bias."""
+    return lambda prefix: [
+        Row("input_kernel", prefix + _gate(f"ii|{forget}|ig|io") + "/kernel", "in unit"),
+        Row("recurrent_kernel", prefix + _gate("hi|hf|hg|ho") + "/kernel", "hidden unit"),
+        Row("bias", prefix + _gate("hi|hf|hg|ho") + "/bias", "unit", "gate:ifgo unit", "one_bias"),
+    ]
+
+
+def _lstm_fused(prefix: str) -> list[Row]:
+    block = "(gate:ifgo unit)"
+    return [
+        Row("input_kernel", f"{prefix}dense_i/kernel", f"in {block}"),
+        Row("recurrent_kernel", f"{prefix}dense_h/kernel", f"hidden {block}"),
+        Row("bias", f"{prefix}dense_h/bias", block, "gate:ifgo unit", "one_bias"),
+    ]
+
+
+def _gru(prefix: str) -> list[Row]:
+    """The recurrent biases of reset and update gate are left out, for they are only added to those of the input."""
+    return [
+        Row("input_kernel", prefix + _gate("ir|iz|in") + "/kernel", "in unit"),
+        Row("recurrent_kernel", prefix + _gate("hr|hz|hn") + "/kernel", "hidden unit"),
+        Row("bias", prefix + "{part:ir|iz|in|hn}/bias", "unit", "part unit", "new_bias"),
+    ]
+
+
+def _gru_fused(prefix: str) -> list[Row]:
+    block = "(gate:rzn unit)"
+    return [
+        Row("input_kernel", f"{prefix}dense_i/kernel", f"in {block}"),
+        Row("recurrent_kernel", f"{prefix}dense_h/kernel", f"hidden {block}"),
+        Row("bias", f"{prefix}dense_i/bias", block, "gate:rzn unit", "input_bias"),
+    ]
+
+
+def _simple(of_input: str, of_state: str) -> Callable[[str], list[Row]]:
+    return lambda prefix: [
+        Row("input_kernel", f"{prefix}{of_input}/kernel", "in unit"),
+        Row("recurrent_kernel", f"{prefix}{of_state}/kernel", "hidden unit"),
+        Row("bias", f"{prefix}{of_input}/bias", "unit", "unit", "one_bias"),
+    ]
+
+
+_RECURRENT = (
+    *_cells(("LSTMCell", "OptimizedLSTMCell"), "lstm", lstm, _lstm("if")),
+    *_cells(("LSTMCell",), "lstm", lstm, _lstm("if_")),
+    *_cells(("OptimizedLSTMCell",), "lstm", lstm, _lstm_fused),
+    *_cells(("GRUCell",), "gru", gru, _gru),
+    *_cells(("GRUCell",), "gru", gru, _gru_fused),
+    *_cells(("SimpleCell",), "simple_rnn", simple_rnn, _simple("i", "h")),
+    *_cells(("SimpleCell",), "simple_rnn", simple_rnn, _simple("dense_i", "dense_h")),
+)
+
+
+# Attention
+
+_ATTENTION = (
+    Row("query_kernel", "query/kernel", "in head dim", "(head dim) in"),
+    Row("query_bias", "query/bias", "head dim", "(head dim)"),
+    Row("key_kernel", "key/kernel", "in_key kv_head dim", "(kv_head dim) in_key"),
+    Row("key_bias", "key/bias", "kv_head dim", "(kv_head dim)"),
+    Row("value_kernel", "value/kernel", "in_value kv_head value_dim", "(kv_head value_dim) in_value"),
+    Row("value_bias", "value/bias", "kv_head value_dim", "(kv_head value_dim)"),
+    Row("output_kernel", "out/kernel", "head value_dim out", "out (head value_dim)"),
+    Row("output_bias", "out/bias", "out"),
+)
+
+
+FORMS = (
+    _PLAIN_DENSE,
+    *(_general(taken, made) for taken, made in product((1, 2), (1, 2)) if (taken, made) != (1, 1)),
+    Form(
+        ("Conv",),
+        (
+            layer(
+                "conv",
+                Row("kernel", "kernel", "... in out"),
+                Row("bias", "bias", "out"),
+                attributes=conv,
+                check=_with_space,
+            ),
+        ),
+        applies=lambda config: config.get("input_dilation") in (None, 1),
+    ),
+    *_transposed(False),
+    *_transposed(True),
+    Form(("Embed",), (layer("embedding", Row("embedding", "embedding", "token feature")),)),
+    Form(
+        ("BatchNorm",),
+        (
+            layer(
+                "batch_norm",
+                *_AFFINE,
+                Row("mean", "mean", "feature", required=True),
+                Row("variance", "var", "feature", required=True),
+                attributes=batch_norm,
+            ),
+        ),
+    ),
+    *_layer_norms(),
+    Form(("GroupNorm",), (layer("group_norm", *_AFFINE, attributes=group_norm),)),
+    Form(("InstanceNorm",), (layer("instance_norm", *_AFFINE, attributes=norm),)),
+    Form(("RMSNorm",), (layer("rms_norm", Row("scale", "scale", "..."), attributes=norm),)),
+    Form(("PReLU",), (layer("prelu", Row("slope", "negative_slope", "", "1")),)),
+    *_RECURRENT,
+    Form(
+        ("MultiHeadDotProductAttention", "MultiHeadAttention", "SelfAttention"),
+        (
+            layer(
+                "attention",
+                *_ATTENTION,
+                attributes=attention,
+                check=lambda sizes: sizes["head"] == sizes["kv_head"] and sizes["dim"] == sizes["value_dim"],
+            ),
+        ),
+    ),
+    *_UNNAMED_EINSUMS,
+)
+
+
+FLAX = Convention(
+    framework="flax",
+    forms=FORMS,
+    flatten="position channel",
+    build=einsum_forms,
+    deciding=lambda config, shapes: {
+        name: config[name] for name in ("transpose_kernel", "equation", "features") if name in config
+    },
+    auto_names={cls: cls for form in FORMS for cls in form.classes},
+)

@@ -1,0 +1,91 @@
+"""How many axes a value of an ONNX graph has, as far as the graph tells without running it."""
+
+from __future__ import annotations
+
+from neutral.containers.onnx import NodeProto
+from neutral.conventions.onnx_scope import Scope
+
+_MOST_STEPS = 64
+_LIKE_FIRST = frozenset(
+    [
+        "Abs",
+        "AveragePool",
+        "BatchNormalization",
+        "Cast",
+        "Ceil",
+        "Celu",
+        "Clip",
+        "Cos",
+        "Dropout",
+        "Elu",
+        "Erf",
+        "Exp",
+        "Floor",
+        "Gelu",
+        "GlobalAveragePool",
+        "GlobalMaxPool",
+        "GroupNormalization",
+        "HardSigmoid",
+        "HardSwish",
+        "Identity",
+        "InstanceNormalization",
+        "LRN",
+        "LayerNormalization",
+        "LeakyRelu",
+        "Log",
+        "LogSoftmax",
+        "MaxPool",
+        "Mish",
+        "Neg",
+        "PRelu",
+        "Pad",
+        "RMSNormalization",
+        "Relu",
+        "Resize",
+        "Round",
+        "Selu",
+        "Shrink",
+        "Sigmoid",
+        "Sin",
+        "Softmax",
+        "Softplus",
+        "Softsign",
+        "Sqrt",
+        "Swish",
+        "Tanh",
+        "ThresholdedRelu",
+        "Transpose",
+        "Upsample",
+    ]
+)
+_LIKE_WEIGHT = ("Conv", "ConvTranspose")
+_LARGEST_OF = ("Add", "Sub", "Mul", "Div", "Max", "Min", "Mean", "Sum", "Where", "Pow")
+
+
+def rank_of(scope: Scope, value: str, depth: int = 0) -> int | None:
+    """The number of axes of a value, or None."""
+    shape = scope.shape_of(value)
+    if shape is not None:
+        return len(shape)
+    node = scope.makers.get(value)
+    if node is None or node.domain or depth > _MOST_STEPS:
+        return None
+    return _rank_made(scope, node, depth)
+
+
+def _rank_made(scope: Scope, node: NodeProto, depth: int) -> int | None:
+    op = node.op_type
+    if op in _LIKE_WEIGHT and len(node.inputs) > 1:
+        return rank_of(scope, node.inputs[1], depth + 1)
+    if op in ("Gemm", "Flatten"):
+        return 2
+    if op in _LIKE_FIRST and node.inputs:
+        return rank_of(scope, node.inputs[0], depth + 1)
+    if op in _LARGEST_OF:
+        ranks = [rank_of(scope, value, depth + 1) for value in node.inputs]
+        known = [rank for rank in ranks if rank is not None]
+        return max(known) if len(known) == len(ranks) and known else None
+    if op == "Reshape" and len(node.inputs) > 1:
+        sizes = scope.numbers(node.inputs[1])
+        return None if sizes is None else len(sizes)
+    return None
