@@ -117,7 +117,7 @@ def _add(found: Translated, name: str, entry: Entry, layer: AnyLayer | None, pat
             raise Inexpressible(f"a call with {', '.join(sorted(kwargs))}", "a call without")
         shapes = tuple(tuple(tensor["config"]["shape"]) for tensor in tensors)
         made = steps(Call(entry.cls, entry.config, shapes, isinstance(layer, Depthwise)))
-        inputs = [_reference(tensor) for tensor in tensors]
+        inputs = _apart(found, name, [_reference(tensor) for tensor in tensors])
         names = {
             step.suffix: found.builder.names.fresh(f"{name}.{step.suffix}") if step.suffix else name for step in made
         }
@@ -133,6 +133,21 @@ def _add(found: Translated, name: str, entry: Entry, layer: AnyLayer | None, pat
             main = next(step for step in made if not step.suffix)
             rank = {"alpha_rank": len(shapes[0]) - 1} if main.cls == "PReLU" else {}
             found.forms[path] = main.cls, {"name": name, **main.config, **rank}
+
+
+def _apart(found: Translated, name: str, inputs: Sequence[_Reference]) -> list[_Reference]:
+    """The inputs of a call, a second use of one as a copy: TensorFlow.js forgets a tensor too soon that a layer takes twice.
+
+    Its executor counts by how many layers a tensor is taken, and counts down by how many times (`executor.ts`).
+    """
+    apart: list[_Reference] = []
+    for reference in inputs:
+        if reference in apart:
+            copy = found.builder.names.fresh(f"{name}.again")
+            found.layers[copy] = _Layer("Activation", {"name": copy, "activation": "linear"}, [[reference]])
+            reference = (copy, 0, _INNER)
+        apart.append(reference)
+    return apart
 
 
 _INNER = -1

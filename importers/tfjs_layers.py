@@ -219,6 +219,8 @@ def _pairs(value: Any, count: int) -> list[Any]:
 def _bordered(key: str, sign: int) -> Rule:
     def rule(call: Call) -> tuple[Step, ...]:
         pairs = _pairs(call.config[key], len(call.shape) - 2)
+        if sign < 0 and None in call.shape[1:-1]:  # TensorFlow.js takes such a size for 0, and all that follows from it
+            raise Inexpressible("a crop of sizes that are not known", "sizes that are known", "export a model that says them")
         if len(pairs) == 2:
             return _same(call)
 
