@@ -15,7 +15,9 @@ from neutral.importers.keras_builder import Builder, Entry
 from neutral.importers.keras_config import layers_of_graph, unwrapped
 from neutral.importers.keras_forms import Form, Inexpressible
 from neutral.importers.keras_tensor import Config, KerasTensor
-from neutral.importers.tfjs_layers import Call, has_weights, steps
+from neutral.importers.tfjs_layers import LAYERS
+from neutral.importers.tfjs_steps import Call, Step
+from neutral.importers.tfjs_weighed import WEIGHED, WITHOUT
 from neutral.schema.kinds import GRU, LSTM, AnyLayer, Depthwise, SimpleRNN
 from neutral.schema.manifest import Manifest
 
@@ -129,10 +131,25 @@ def _add(found: Translated, name: str, entry: Entry, layer: AnyLayer | None, pat
             nodes[step.suffix] = len(here.nodes)
             here.nodes.append([_taken(taken, inputs, names, nodes) for taken in step.inputs])
         found.final[name, index] = (names[made[-1].suffix], nodes[made[-1].suffix])
-        if path and has_weights(entry.cls):
+        if path and entry.cls in WEIGHED:
             main = next(step for step in made if not step.suffix)
             rank = {"alpha_rank": len(shapes[0]) - 1} if main.cls == "PReLU" else {}
             found.forms[path] = main.cls, {"name": name, **main.config, **rank}
+
+
+def steps(call: Call) -> tuple[Step, ...]:
+    """The layers of TensorFlow.js that compute a call, inputs first; the last one gives its output.
+
+    >>> steps(Call("Activation", {"name": "a", "activation": "silu"}, ((None, 4),)))
+    (Step(suffix='', cls='Activation', config={'activation': 'swish'}, inputs=('',)),)
+    >>> [step.cls for step in steps(Call("ZeroPadding1D", {"name": "p", "padding": [2, 1]}, ((None, 8, 3),)))]
+    ['Reshape', 'ZeroPadding2D', 'Reshape']
+    """
+    rule = LAYERS.get(call.cls) or WEIGHED.get(call.cls)
+    if rule is None:
+        what = WITHOUT.get(call.cls, f"Keras' {call.cls}")
+        raise Inexpressible(what, "a layer that TensorFlow.js has", "keep the model in its framework, or in Keras")
+    return rule(call)
 
 
 def _apart(found: Translated, name: str, inputs: Sequence[_Reference]) -> list[_Reference]:
