@@ -102,9 +102,7 @@ class Builder:
 
     def turned_to(self, flow: Flow, order: Sequence[int]) -> Flow:
         """A flow with its axes permuted, which costs nothing."""
-        return replace(
-            flow, sizes=tuple(flow.sizes[i] for i in order), order=tuple(flow.order[i] for i in order)
-        )
+        return replace(flow, sizes=tuple(flow.sizes[i] for i in order), order=tuple(flow.order[i] for i in order))
 
     # Nodes.
 

@@ -161,7 +161,11 @@ def together(name: str, parts: list[Case]) -> Case:
     (['a_layer', 'b_layer'], ('nc', 'ntc'))
     """
     frameworks = [f for f in parts[0].models if all(f in part.models for part in parts)]
-    stacks = {f"{p}_{path}": tuple(f"{p}_{one}" for one in names) for p, part in lettered(parts) for path, names in part.stacks.items()}
+    stacks = {
+        f"{p}_{path}": tuple(f"{p}_{one}" for one in names)
+        for p, part in lettered(parts)
+        for path, names in part.stacks.items()
+    }
     return Case(
         name,
         "together",
