@@ -508,11 +508,15 @@ def _raw(local: str, tensor: NativeTensor) -> CanonicalTensor:
     return CanonicalTensor(tensor.data, axes, {}, {local: tensor.name}, tensor.identity, tensor.state)
 
 
+_KERNELS = ("kernel_direction", "kernel_raw")
+"""Roles of a reparametrized kernel that have its axes."""
+
+
 def canonical_axes(
     kind: str, role: str, rank: int, directed: bool
 ) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
     """The axis names and labels of a parameter of this rank."""
-    spec = KINDS[kind].parameters_of.get(role)
+    spec = KINDS[kind].parameters_of.get("kernel" if role in _KERNELS else role)
     if spec is None:
         return tuple(f"d{i}" for i in range(rank)), {}
     front = ("direction",) if directed else ()
@@ -649,8 +653,9 @@ def _reparametrized(
         out.apply("effective_kernel", layer.path, "spectral norm: the kernel was divided by its norm")
     elif "kernel_direction" in rows and "kernel" in have and want is not None:
         kernel = have.pop("kernel")
-        local = next(expand(row.name)[0].text for row in bound.rows if row.role == "kernel_magnitude")
-        shape = want[local].data.shape
+        row = next(row for row in bound.rows if row.role == "kernel_magnitude")
+        there = want[expand(row.name)[0].text].data
+        shape = (there if row.raw else row_layout(row, layer.kind).to_canonical(there)).shape
         have["kernel_direction"] = kernel
         have["kernel_magnitude"] = replace(kernel, data=rules.weight_norm_magnitude(kernel.data, shape))
         out.apply("magnitude", layer.path, "a plain kernel was split into magnitude and direction")

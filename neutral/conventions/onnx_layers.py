@@ -105,7 +105,12 @@ def layers_of(model: ModelProto, where: str) -> FoundLayers:
 def _unreadable(model: ModelProto, where: str) -> Iterator[Problem]:
     for name, tensor in named_tensors(model).items():
         if tensor.data is None and tensor.code != STRING:
-            yield Problem(f"{where}: {name}", "elements smaller than a byte", "whole bytes", "use a model that is not quantized so")
+            yield Problem(
+                f"{where}: {name}",
+                "elements smaller than a byte",
+                "whole bytes",
+                "use a model that is not quantized so",
+            )
     for name in model.graph.sparse:
         yield Problem(f"{where}: {name}", "a sparse initializer", "a dense one", "save the model without it")
 
@@ -199,7 +204,12 @@ class _Finder:
                         self.loose.append((leaf, node))
         for name, tensor in scope.graph.initializers.items():
             leaf = Leaf(scope.name_of(tensor), tensor)
-            if tensor.data is not None and leaf.name not in used and name not in scope.users and _is_weight(leaf, None, 0, False):
+            if (
+                tensor.data is not None
+                and leaf.name not in used
+                and name not in scope.users
+                and _is_weight(leaf, None, 0, False)
+            ):
                 self.loose.append((leaf, None))
 
     def named(self) -> Iterator[FoundLayer]:
@@ -507,5 +517,3 @@ def _unique(name: str, seen: set[str]) -> str:
         unique = f"{name}_{count}"
     seen.add(unique)
     return unique
-
-

@@ -312,5 +312,3 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
         for each in value if isinstance(value, tuple) else (value,):
             if isinstance(each, GraphProto):
                 yield each
-
-
