@@ -215,7 +215,10 @@ KIND_OF = {**KINDS, "RNN": "simple_rnn", "DenseGeneral": "dense"}
 
 def kind_hints(case: Case, column: str) -> dict[str, str]:
     """The kinds of a case's layers by path, as its torch or Keras rows tell them."""
-    like = case.models.get("torch" if column not in ("keras", "tensorflow", "tfjs") else "keras")
+    as_keras = column in ("keras", "tensorflow", "tfjs") or (
+        column not in ("torch", "paddle") and stacked_paths(case, column)
+    )
+    like = case.models.get("keras" if as_keras else "torch")
     rows = like or next(iter(case.models.values()))
     return {path: KIND_OF[row.cls] for path, row in layers_of(rows.layers) if row.cls in KIND_OF}
 
