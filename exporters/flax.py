@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from neutral.containers.orbax import split_key
 from neutral.containers.pytree import PyTree, read_msgpack, read_orbax
 from neutral.containers.safetensors import open_safetensors
 from neutral.conventions.flax import full_name, separator_of
@@ -61,7 +62,9 @@ def _remembered(tree: PyTree) -> dict[str, Any]:
 
 
 def _read_orbax(source: Path, key: str | None) -> NativeModel:
-    return _model(read_orbax(source, None), "orbax", key, str(source))
+    """`key` may name the step (or item), the set of weights in it, or, with a colon between, both: `100:ema_params`."""
+    place, name = split_key(source, key)
+    return _model(read_orbax(source, place), "orbax", name, str(source))
 
 
 def _read_safetensors(source: Path, key: str | None) -> NativeModel:

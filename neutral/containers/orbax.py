@@ -100,6 +100,17 @@ def locate(folder: FilePath, key: str | None) -> str:
     raise Refused(Problem(str(folder), what, "one", "choose one with --key"))
 
 
+def split_key(folder: FilePath, key: str | None) -> tuple[str | None, str | None]:
+    """(the checkpoint in a folder, the rest) of a key, which names either or, with a colon between, both."""
+    if key is None:
+        return None, None
+    place, colon, rest = key.partition(":")
+    places = {name for found in checkpoints(folder) if found for name in (found, *found.split("/"))}
+    if place.strip("/") in places:
+        return place, rest if colon else None
+    return None, key
+
+
 def read(path: FilePath, key: str | None = None) -> PyTree:
     """The tree of a checkpoint, its arrays unread."""
     opened = _Checkpoint(path, locate(path, key))
