@@ -108,7 +108,7 @@ def _nested(leaves: Mapping[Path, Tensor]) -> Node:
 
 def _sets(node: Node, place: Path, depth: int) -> Iterator[_Found]:
     """Every set of weights at or below a node."""
-    params = node.get(PARAMS)
+    params = node.get(PARAMS, {} if isinstance(node.get(STATISTICS), dict) else None)
     if isinstance(params, dict):
         yield from _variables(node, params, place, depth)
         return
@@ -133,7 +133,7 @@ def _sets(node: Node, place: Path, depth: int) -> Iterator[_Found]:
 
 
 def _has_variables(node: Node, depth: int) -> bool:
-    if isinstance(node.get(PARAMS), dict):
+    if isinstance(node.get(PARAMS), dict) or isinstance(node.get(STATISTICS), dict):
         return True
     return depth < _DEEP and any(_has_variables(child, depth + 1) for child in node.values() if isinstance(child, dict))
 
@@ -216,12 +216,32 @@ def layers(weights: Mapping[Path, NativeTensor]) -> tuple[NativeLayer, ...]:
     """The layers of a set of weights, in the order of their first tensors; recurrent cells and attentions in one piece."""
     tree = _Tree.of(weights)
     made: dict[str, dict[str, NativeTensor]] = {}
-    for path, tensor in weights.items():
+    for name, tensor in weights.items():
+        path = _normalised(name, tree)
         at = tree.layer_of(path)
         local = "/".join(path[at:])
         state = tensor.state or "rngs" in path[:-1]
         made.setdefault(".".join(path[:at]), {})[local] = NativeTensor(tensor.name, tensor.data, tensor.identity, state)
     return tuple(NativeLayer(path, None, tensors) for path, tensors in made.items())
+
+
+_OF_A_KERNEL: Final = re.compile(r"(.+)/kernel/scale")
+
+
+def _normalised(path: Path, tree: _Tree) -> Path:
+    """A leaf's path, that of a WeightNorm's scale beside the kernel that it scales.
+
+    Linen keeps it under a WeightNorm's own name, in a key that has the path of the kernel in it.
+    """
+    found = _OF_A_KERNEL.fullmatch(path[-1])
+    if found is None:
+        return path
+    inner = tuple(found[1].split("/"))
+    for above in (path[:-2], path[:-1]):
+        layer = (*above, *inner)
+        if "kernel" in tree.below.get(layer, ()):
+            return (*layer, "WeightNorm", "scale")
+    return path
 
 
 @dataclass(frozen=True)
@@ -242,6 +262,8 @@ class _Tree:
 
     def layer_of(self, path: Path) -> int:
         """How many keys of a leaf's path are those of its layer."""
+        if path[-2:] == ("WeightNorm", "scale"):
+            return len(path) - 2
         for at in range(len(path) - 1):
             node, name = path[:at], path[at]
             if name == "rngs":
