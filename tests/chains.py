@@ -61,7 +61,9 @@ class Model:
 
     def __init__(self, name: str, workers: Mapping[str, Worker], folder: Path) -> None:
         self.case, self.workers, self.folder = cases()[name], workers, folder
-        unsaid = ("tensorflow",) if "instance_norm2d" in name else ()  # a checkpoint does not say how many groups a norm has
+        unsaid = (
+            ("tensorflow",) if "instance_norm2d" in name else ()
+        )  # a checkpoint does not say how many groups a norm has
         self.columns = [column for column in workers if column not in unsaid and has(self.case, column)]
         self.built: dict[tuple[str, int], Any] = {}
         self.made: dict[tuple[str, str], tuple[Stop, tuple[str, ...]] | None] = {}

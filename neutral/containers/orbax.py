@@ -101,7 +101,6 @@ def locate(folder: FilePath, key: str | None) -> str:
 
 
 def split_key(folder: FilePath, key: str | None) -> tuple[str | None, str | None]:
-<<<<<<< HEAD
     """The beginning of a key that names a checkpoint, and the rest, which names something in it.
 
     `100/params` may be a checkpoint of a step, or the parameters in the only checkpoint of one.
@@ -115,16 +114,6 @@ def split_key(folder: FilePath, key: str | None) -> tuple[str | None, str | None
         if "/".join(parts[:i]) in named:
             return "/".join(parts[:i]), "/".join(parts[i:]) or None
     return (None, key) if len(found) == 1 else (key, None)
-=======
-    """(the checkpoint in a folder, the rest) of a key, which names either or, with a colon between, both."""
-    if key is None:
-        return None, None
-    place, colon, rest = key.partition(":")
-    places = {name for found in checkpoints(folder) if found for name in (found, *found.split("/"))}
-    if place.strip("/") in places:
-        return place, rest if colon else None
-    return None, key
->>>>>>> flax-model
 
 
 def read(path: FilePath, key: str | None = None) -> PyTree:
