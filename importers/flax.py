@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from neutral.containers.files import new_file, refuse_same
-from neutral.containers.orbax import split_key
 from neutral.containers.pytree import (
     replace_msgpack,
     replace_orbax,
