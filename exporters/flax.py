@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neutral.containers.pytree import PyTree, read_msgpack, read_orbax
+from neutral.containers.pytree import PyTree, read_msgpack, read_orbax, split_key
 from neutral.containers.safetensors import open_safetensors
 from neutral.conventions.flax import full_name, separator_of
 from neutral.errors import BadFile, Problem
@@ -61,7 +61,8 @@ def _remembered(tree: PyTree) -> dict[str, Any]:
 
 
 def _read_orbax(source: Path, key: str | None) -> NativeModel:
-    return _model(read_orbax(source, None), "orbax", key, str(source))
+    place, rest = split_key(source, key)
+    return _model(read_orbax(source, place), "orbax", rest, str(source))
 
 
 def _read_safetensors(source: Path, key: str | None) -> NativeModel:

@@ -52,10 +52,12 @@ def _model(opened: OnnxFile) -> NativeModel:
         framework="onnx",
         format="onnx",
         layers=layers,
+        splits=found.splits,
         ordered=False,
         metadata=_metadata(opened.model),
         notes=found.notes,
         close=opened.close,
+        unsettled=found.unsettled,
     )
 
 

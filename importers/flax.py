@@ -18,6 +18,7 @@ from neutral.containers.files import new_file, refuse_same
 from neutral.containers.pytree import (
     replace_msgpack,
     replace_orbax,
+    split_key,
     write_msgpack,
     write_orbax,
 )
@@ -45,7 +46,7 @@ def fill(
         return
     leaves = {place_of(name): data for name, data in tensors.items()}
     if template.is_dir():
-        replace_orbax(template, leaves, out, force=force)
+        replace_orbax(template, leaves, out, split_key(template, key)[0], force=force)
     else:
         replace_msgpack(template, leaves, out, force=force)
 

@@ -31,7 +31,11 @@ def fill(
     """
     with open_onnx(template) as opened:
         refuse_same(out, template)
-        views = {view.name: view for layer in layers_of(opened.model, str(template)).layers for view in layer.tensors.values()}
+        views = {
+            view.name: view
+            for layer in layers_of(opened.model, str(template)).layers
+            for view in layer.tensors.values()
+        }
         problems = []
         stored: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
@@ -41,7 +45,9 @@ def fill(
             for place, data in views[name].stored(tensor).items():
                 if place in stored and not _same(stored[place], data):
                     problems.append(
-                        Problem(name, f"other elements than another layer has in {place}", "the same, for the two are tied")
+                        Problem(
+                            name, f"other elements than another layer has in {place}", "the same, for the two are tied"
+                        )
                     )
                 stored[place] = data
         raise_all(Refused, problems)
