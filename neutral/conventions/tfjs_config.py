@@ -82,7 +82,7 @@ def as_keras2(entry: Config, shapes: Mapping[str, tuple[int, ...]] | None = None
 def _entry(entry: Config, shapes: Mapping[str, tuple[int, ...]], remarks: list[str], depth: int) -> Config:
     if depth > _DEEPEST:
         raise ValueError(f"layers nested deeper than {_DEEPEST} levels")
-    config = entry.get("config")
+    config: Any = entry.get("config")
     if is_model(entry):
         listed = isinstance(config, list)
         layers = [_entry(layer, shapes, remarks, depth + 1) for layer in (config if listed else config["layers"])]
