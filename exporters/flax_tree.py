@@ -158,7 +158,8 @@ def _variables(node: Node, params: Node, place: Path, depth: int) -> Iterator[_F
 
 def _below(root: Node, key: str) -> _Found | None:
     """What lies under keys joined by dots; a key may itself have dots in it."""
-    node, place, rest = root, (), key
+    node, rest = root, key
+    place: tuple[str, ...] = ()
     while rest:
         names = [n for n, child in node.items() if isinstance(child, dict) and (rest == n or rest.startswith(n + "."))]
         if not names:

@@ -56,11 +56,12 @@ class Record:
     def dtype(self, where: str, known: np.dtype[Any] | None = None) -> np.dtype[Any]:
         """The dtype of the elements, which for raw bytes is the one `known` from elsewhere."""
         if PLAIN.fullmatch(self.header.descr):
-            return np.dtype(self.header.descr)
+            plain: np.dtype[Any] = np.dtype(self.header.descr)
+            return plain
         if known is not None and known.kind not in "biufc" and known.itemsize == self.itemsize:
             return known
         if self.itemsize == 2:
-            return _BFLOAT16
+            return np.dtype(_BFLOAT16)
         raise Unsupported(
             Problem(where, "bytes whose dtype the file does not say", "to know it", "read the file by its model")
         )
