@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from neutral.containers.eqx import is_eqx
 from neutral.containers.files import SourceFile
 from neutral.containers.orbax import holds_checkpoint
 from neutral.containers.paddle_file import holds_tables
@@ -296,3 +297,16 @@ def live_flax(model: object) -> bool:
     if isinstance(model, Mapping):
         return any(isinstance(value, Mapping) for value in model.values())
     return instance_of(("flax", "Module"), ("flax", "State"), ("flax", "TrainState"), ("flax", "FrozenDict"))(model)
+
+
+def equinox(probe: Probe) -> str | None:
+    """Records of `.npy`; a single one under that suffix is an array of NumPy's own."""
+    return "eqx" if is_eqx(probe.head) and suffix_of(probe.path) != ".npy" else None
+
+
+def live_equinox(model: object) -> bool:
+    """A module, or a module and its state."""
+    is_module = instance_of(("equinox", "Module"))
+    if isinstance(model, tuple | list) and len(model) == 2:
+        return is_module(model[0]) and instance_of(("equinox", "State"))(model[1])
+    return is_module(model)
