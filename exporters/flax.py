@@ -16,8 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neutral.containers.orbax import split_key
-from neutral.containers.pytree import PyTree, read_msgpack, read_orbax
+from neutral.containers.pytree import PyTree, read_msgpack, read_orbax, split_key
 from neutral.containers.safetensors import open_safetensors
 from neutral.conventions.flax import full_name, separator_of
 from neutral.errors import BadFile, Problem
@@ -78,9 +77,9 @@ def _remembered(tree: PyTree) -> dict[str, Any]:
 
 
 def _read_orbax(source: Path, key: str | None) -> NativeModel:
-    """`key` may name the step (or item), the set of weights in it, or, with a colon between, both: `100:ema_params`."""
-    place, name = split_key(source, key)
-    return _model(read_orbax(source, place), "orbax", name, str(source))
+    """`key` may name the step (or item), the set of weights in it, or both: `100/ema_params`."""
+    place, rest = split_key(source, key)
+    return _model(read_orbax(source, place), "orbax", rest, str(source))
 
 
 def _read_safetensors(source: Path, key: str | None) -> NativeModel:

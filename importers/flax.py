@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from neutral.containers.files import new_file, refuse_same
-from neutral.containers.orbax import split_key
 from neutral.containers.pytree import (
     replace_msgpack,
     replace_orbax,
+    split_key,
     write_msgpack,
     write_orbax,
 )

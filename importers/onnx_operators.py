@@ -16,7 +16,7 @@ from neutral.containers.onnx_building import dtype_number
 from neutral.importers.onnx_attention import attention
 from neutral.importers.onnx_builder import Call, Rule
 from neutral.importers.onnx_recurrent import recurrent
-from neutral.schema import layer_sizes, node_settings
+from neutral.schema import node_settings
 
 
 def _same(*attributes: str) -> Rule:
@@ -115,7 +115,7 @@ def _batch_norm(c: Call) -> None:
         raise c.refuse("no statistics", "a mean and a variance")
     features = _features(c)
     neutral = (("scale", 1.0), ("B", 0.0))
-    affine = [c.weight(local) or c.constant(local, np.full(features, value), c.dtype) for local, value in neutral]
+    affine = [c.weight(local) or c.filled(local, value, (features,)) for local, value in neutral]
     c.emit(
         "BatchNormalization",
         [c.x, *affine, c.weight("mean"), c.weight("var")],
@@ -144,7 +144,7 @@ def _channel_norm(scale: str, bias: str) -> Rule:
             if c.node.op == "GroupNormalization":
                 settings["num_groups"] = int(c.number("num_groups", 1))
         found = [
-            (c.weight(local) if c.native is not None else "") or c.constant(local, np.full(features, value), c.dtype)
+            (c.weight(local) if c.native is not None else "") or c.filled(local, value, (features,))
             for local, value in ((scale, 1.0), (bias, 0.0))
         ]
         c.emit(c.node.op, [c.x, *found], c.out, **settings)
@@ -163,7 +163,7 @@ def _last_axes_norm(scale: str, bias: str) -> Rule:
             shape = c.shape()[axis % c.rank :]
             if None in shape:
                 raise c.refuse("sizes that are not known", "to know them, for a norm without weights")
-        found = (c.weight(scale) if c.native is not None else "") or c.constant(scale, np.ones(shape), c.dtype)  # type: ignore[arg-type]
+        found = (c.weight(scale) if c.native is not None else "") or c.filled(scale, 1.0, shape)  # type: ignore[arg-type]
         offset = c.weight(bias) if c.native is not None and bias else ""
         c.emit(c.node.op, [c.x, found, *filter(None, [offset])], c.out, **settings)
 

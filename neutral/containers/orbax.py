@@ -101,14 +101,19 @@ def locate(folder: FilePath, key: str | None) -> str:
 
 
 def split_key(folder: FilePath, key: str | None) -> tuple[str | None, str | None]:
-    """(the checkpoint in a folder, the rest) of a key, which names either or, with a colon between, both."""
+    """The beginning of a key that names a checkpoint, and the rest, which names something in it.
+
+    `100/params` may be a checkpoint of a step, or the parameters in the only checkpoint of one.
+    """
     if key is None:
         return None, None
-    place, colon, rest = key.partition(":")
-    places = {name for found in checkpoints(folder) if found for name in (found, *found.split("/"))}
-    if place.strip("/") in places:
-        return place, rest if colon else None
-    return None, key
+    found = checkpoints(folder)
+    named = {name for place in found if place for name in (place, *place.split("/"))}
+    parts = key.strip("/").split("/")
+    for i in range(min(2, len(parts)), 0, -1):
+        if "/".join(parts[:i]) in named:
+            return "/".join(parts[:i]), "/".join(parts[i:]) or None
+    return (None, key) if len(found) == 1 else (key, None)
 
 
 def read(path: FilePath, key: str | None = None) -> PyTree:

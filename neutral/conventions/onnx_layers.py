@@ -16,9 +16,10 @@ import numpy as np
 
 from neutral import rules
 from neutral.containers.onnx import ModelProto, NodeProto, named_tensors
-from neutral.containers.onnx_constants import Expression, Leaf, Reshaped, backward, forward, leaves, undoable
+from neutral.containers.onnx_constants import Expression, Leaf, Permuted, Reshaped, backward, forward, leaves, undoable
 from neutral.containers.onnx_tensors import DTYPES, STRING
 from neutral.conventions.onnx import RECURRENT, refusal
+from neutral.conventions.onnx_flatten import Crossings, Used, follow
 from neutral.conventions.onnx_names import anonymous, common_stem, folded, module_of
 from neutral.conventions.onnx_ranks import rank_of
 from neutral.conventions.onnx_scope import Scope, subgraphs
@@ -91,15 +92,35 @@ class FoundLayers:
 
     layers: tuple[FoundLayer, ...]
     notes: tuple[str, ...]
+    splits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    unsettled: frozenset[str] = frozenset()
+    turned: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Layers that stand where the graph has an image with its channels last as one axis: these axes of them, and their
+    channels. Their views have the channels first."""
 
 
 def layers_of(model: ModelProto, where: str) -> FoundLayers:
     """The layers of a model; `Unsupported` for weights that numpy has no elements for."""
     names = {tensor.span.at: name for name, tensor in named_tensors(model).items()}
     finder = _Finder(model.opset, names)
-    finder.graph(Scope(model.graph, model.opset, names))
+    scope = Scope(model.graph, model.opset, names)
+    finder.graph(scope)
     raise_all(Unsupported, _unreadable(model, where))
-    return FoundLayers(tuple(finder.named()), tuple(finder.notes))
+    crossings = finder.crossings(scope)
+    for number, axes in crossings.turned.items():
+        _turn(finder.candidates[number], axes, crossings.splits[number])
+    layers = tuple(finder.named())
+    paths = [layer.path for layer in layers]
+    return FoundLayers(
+        layers,
+        tuple(finder.notes),
+        {paths[number]: axes for number, axes in crossings.splits.items()},
+        frozenset(paths[number] for number in crossings.unsettled),
+        {
+            paths[number]: {axis: crossings.splits[number][axis] for axis in sorted(axes)}
+            for number, axes in crossings.turned.items()
+        },
+    )
 
 
 def _unreadable(model: ModelProto, where: str) -> Iterator[Problem]:
@@ -169,14 +190,20 @@ class _Finder:
         used: list[tuple[NodeProto, str]] = []
         for i, (local, place) in enumerate(places.items()):
             value = node.inputs[place] if len(node.inputs) > place else ""
-            if not value or (i and scope.zero(value)):
+            if not value or (i and scope.zero(value)) or (local == "scale" and scope.ones(value)):
                 continue
             expression = scope.floats(value)
             if expression is None or not undoable(expression):
                 return None
             found[local] = expression
             used.append((node, value))
-        if next(iter(places)) not in found or any(scope.constant(node.inputs[i]) for i in _data_places(node)):
+        # A norm may have a bias and no scale but ones.
+        needed = next(iter(places))
+        if (
+            not found
+            or (needed not in found and needed != "scale")
+            or any(scope.constant(node.inputs[i]) for i in _data_places(node))
+        ):
             return None
         candidate = _Candidate(node.op_type, found, _settings(node), [node])
         fits = _FITTING.get(node.op_type, _as_it_is)(scope, node, candidate)
@@ -211,6 +238,20 @@ class _Finder:
                 and _is_weight(leaf, None, 0, False)
             ):
                 self.loose.append((leaf, None))
+
+    def crossings(self, scope: Scope) -> Crossings:
+        """Which layers cross a Flatten, by their numbers."""
+        used: dict[int, Used] = {}
+        adds: set[int] = set()
+        for number, candidate in enumerate(self.candidates):
+            first = next(iter(candidate.expressions.values()))
+            made = _made(candidate, first)[0]
+            for node in candidate.nodes:
+                if node.op_type == candidate.cls:
+                    used[id(node)] = Used(number, node.op_type, first.shape, made)
+                else:
+                    adds.add(id(node))
+        return follow(scope, used, frozenset(adds))
 
     def named(self) -> Iterator[FoundLayer]:
         """The layers under paths that differ, their tensors under names that do."""
@@ -358,7 +399,7 @@ _FITTING = {
     "PRelu": _prelu,
     **dict.fromkeys(RECURRENT, _recurrent),
 }
-_BIASED = ("Gemm", "MatMul", "Conv", "ConvTranspose", "Einsum")
+_BIASED = ("Gemm", "MatMul", "Conv", "ConvTranspose")
 
 
 def _flat(expression: Expression) -> Expression:
@@ -368,25 +409,38 @@ def _flat(expression: Expression) -> Expression:
 
 def _bias_behind(scope: Scope, node: NodeProto, candidate: _Candidate) -> list[tuple[NodeProto, str]]:
     """The bias that an Add behind the operator adds, if it is one: then it is the layer's, and its uses are told."""
-    adds = scope.only_user(node.outputs[0])
-    if adds is None or adds.op_type != "Add" or adds.domain or len(adds.inputs) != 2:
+    added = _added(scope, node)
+    if added is None:
         return []
-    value = adds.inputs[1] if adds.inputs[0] == node.outputs[0] else adds.inputs[0]
-    bias, weight = scope.floats(value), candidate.expressions["W"]
-    if bias is None or not undoable(bias):
-        return []
+    adds, value, bias = added
+    weight = candidate.expressions["W"]
     out, behind = _made(candidate, weight)
     if not bias.shape or len(bias.shape) <= behind:
         return []
     place = len(bias.shape) - 1 - behind
     if bias.shape[place] != out or any(n != 1 for i, n in enumerate(bias.shape) if i != place):
         return []
-    names = [leaf.name for part in (weight, bias) for leaf in leaves(part)]
-    if not common_stem(names) and any(common_stem([name]) for name in names):
-        return []  # names say that it belongs to something else
+    if _belongs_elsewhere(weight, bias):
+        return []
     candidate.expressions["B"] = _flat(bias)
     candidate.nodes.append(adds)
     return [(adds, value)]
+
+
+def _added(scope: Scope, node: NodeProto) -> tuple[NodeProto, str, Expression] | None:
+    """The one node behind another if it adds a constant: the node, and the constant with its name."""
+    adds = scope.only_user(node.outputs[0])
+    if adds is None or adds.op_type != "Add" or adds.domain or len(adds.inputs) != 2:
+        return None
+    value = adds.inputs[1] if adds.inputs[0] == node.outputs[0] else adds.inputs[0]
+    bias = scope.floats(value)
+    return None if bias is None or not undoable(bias) else (adds, value, bias)
+
+
+def _belongs_elsewhere(weight: Expression, bias: Expression) -> bool:
+    """True if names say that a bias is not of the layer whose weight this is."""
+    stems = [common_stem(leaf.name for leaf in leaves(part)) for part in (weight, bias)]
+    return all(stems) and stems[0] != stems[1]
 
 
 def _made(candidate: _Candidate, weight: Expression) -> tuple[int, int]:
@@ -401,19 +455,63 @@ def _made(candidate: _Candidate, weight: Expression) -> tuple[int, int]:
     return weight.shape[-1], 0
 
 
+def _turn(candidate: _Candidate, axes: set[str], channels: Mapping[str, int]) -> None:
+    """Give a layer whose axes hold (position channel) views in which they hold (channel position)."""
+    for local, expression in candidate.expressions.items():
+        if local == "W":
+            outer = 0 if candidate.config.get("transB", 0) else 1
+            places = {"out": outer, "in": 1 - outer}
+        else:
+            places = {"out": 0, "feature": 0}
+        for axis in axes:
+            if axis in places:
+                expression = _channels_first(expression, places[axis], channels[axis])
+        candidate.expressions[local] = expression
+
+
+def _channels_first(expression: Expression, axis: int, channels: int) -> Expression:
+    shape = expression.shape
+    parted = (*shape[:axis], shape[axis] // channels, channels, *shape[axis + 1 :])
+    order = list(range(len(parted)))
+    order[axis], order[axis + 1] = axis + 1, axis
+    return Reshaped(Permuted(Reshaped(expression, parted), tuple(order)), shape)
+
+
 def _einsum(scope: Scope, node: NodeProto) -> tuple[_Candidate, list[tuple[NodeProto, str]]] | None:
+    """An Einsum of a value or two and a kernel, in whichever order they are given: the kernel is put last."""
     equation = str(node.attributes.get("equation", "")).replace(" ", "")
     operands, arrow, result = equation.partition("->")
     terms = operands.split(",")
-    constants = [scope.floats(value) for value in node.inputs]
-    if len(node.inputs) != 2 or not arrow or len(terms) != 2 or sum(c is not None for c in constants) != 1:
+    constants = [scope.constant(value) for value in node.inputs]
+    places = [i for i, constant in enumerate(constants) if constant is not None]
+    if not arrow or len(terms) != len(node.inputs) or len(places) != 1 or len(terms) not in (2, 3):
         return None
-    place = 0 if constants[0] is not None else 1
-    kernel = constants[place]
+    (place,) = places
+    kernel = scope.floats(node.inputs[place])
     if kernel is None or not undoable(kernel) or len(terms[place]) != len(kernel.shape):
         return None
-    config = {**_settings(node), "equation": f"{terms[1 - place]},{terms[place]}->{result}"}
-    return _Candidate("Einsum", {"W": kernel}, config, [node]), [(node, node.inputs[place])]
+    others = [term for i, term in enumerate(terms) if i != place]
+    config = {**_settings(node), "equation": f"{','.join(others)},{terms[place]}->{result}"}
+    candidate = _Candidate("Einsum", {"W": kernel}, config, [node])
+    sizes = dict(zip(terms[place], kernel.shape, strict=True))
+    return candidate, [(node, node.inputs[place]), *_einsum_bias(scope, node, candidate, others, result, sizes)]
+
+
+def _einsum_bias(
+    scope: Scope, node: NodeProto, candidate: _Candidate, others: list[str], result: str, sizes: Mapping[str, int]
+) -> list[tuple[NodeProto, str]]:
+    """The bias behind an Einsum, over all the axes that it makes."""
+    made = "".join(letter for letter in result if letter in sizes and not any(letter in term for term in others))
+    added = _added(scope, node)
+    if added is None or not made or not result.endswith(made):
+        return []
+    adds, value, bias = added
+    if bias.shape != tuple(sizes[letter] for letter in made) or _belongs_elsewhere(candidate.expressions["W"], bias):
+        return []
+    candidate.expressions["B"] = bias
+    candidate.config["bias_axes"] = made
+    candidate.nodes.append(adds)
+    return [(adds, value)]
 
 
 def _same_as(candidate: _Candidate) -> Any:

@@ -226,6 +226,13 @@ class Scope:
             return held is None or (data is not None and data.size == 1 and not data.read().any())
         return node.op_type in _SPREADING and self.zero(node.inputs[0], depth + 1)
 
+    def ones(self, value: str) -> bool:
+        """True for a value that the graph itself makes of nothing but ones."""
+        node = self.makers.get(value)
+        held = node.attributes.get("value") if node is not None and node.op_type == "ConstantOfShape" else None
+        data = held.data if isinstance(held, TensorProto) else None
+        return data is not None and data.size == 1 and bool((data.read() == 1).all())
+
     def floats(self, value: str) -> Expression | None:
         """A constant of numbers with a fraction, as weights are."""
         found = self.constant(value)
