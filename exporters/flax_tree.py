@@ -14,7 +14,7 @@ A tree may hold several sets (the raw weights and their moving average, two netw
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -63,8 +63,13 @@ class _Found:
     statistics: Path | None = None
 
 
-def choose(leaves: Mapping[Path, Tensor], key: str | None, where: str) -> WeightSet:
-    """The one set of weights in a tree, or the one that `key` (keys joined by dots) names; all else beside it."""
+def choose(
+    leaves: Mapping[Path, Tensor], key: str | None, where: str, identities: Mapping[Path, Hashable] | None = None
+) -> WeightSet:
+    """The one set of weights in a tree, or the one that `key` (keys joined by dots) names; all else beside it.
+
+    `identities` are equal for leaves that are one array.
+    """
     deep = next((path for path in leaves if len(path) > _DEEPEST), None)
     if deep is not None:
         raise BadFile(
@@ -88,7 +93,7 @@ def choose(leaves: Mapping[Path, Tensor], key: str | None, where: str) -> Weight
         )
     else:
         chosen = found[0]
-    return _weight_set(leaves, chosen, found, where)
+    return _weight_set(leaves, chosen, found, where, identities or {})
 
 
 def _nested(leaves: Mapping[Path, Tensor]) -> Node:
@@ -170,7 +175,13 @@ def _below(root: Node, key: str) -> _Found | None:
     return inner[0] if len(inner) == 1 else _Found(place)
 
 
-def _weight_set(leaves: Mapping[Path, Tensor], chosen: _Found, found: list[_Found], where: str) -> WeightSet:
+def _weight_set(
+    leaves: Mapping[Path, Tensor],
+    chosen: _Found,
+    found: list[_Found],
+    where: str,
+    identities: Mapping[Path, Hashable],
+) -> WeightSet:
     weights: dict[Path, NativeTensor] = {}
     rest: dict[str, list[NativeTensor]] = {}
     problems = []
@@ -185,7 +196,7 @@ def _weight_set(leaves: Mapping[Path, Tensor], chosen: _Found, found: list[_Foun
                 Problem(f"{where}: {_place_name(path)}", "a name among parameters and statistics", "each once")
             )
         else:
-            weights[relative] = NativeTensor(full_name(path), data)
+            weights[relative] = NativeTensor(full_name(path), data, identities.get(path))
     raise_all(Refused, problems)
     if not weights:
         raise BadFile(Problem(where, "no array that is a weight", "at least one", "is this a file of weights?"))

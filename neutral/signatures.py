@@ -293,10 +293,15 @@ def live_arrays(model: object) -> bool:
 
 
 def live_flax(model: object) -> bool:
-    """An nnx.Module, or nested dicts of arrays (a FrozenDict, a State), or a TrainState."""
-    if isinstance(model, Mapping):
-        return any(isinstance(value, Mapping) for value in model.values())
-    return instance_of(("flax", "Module"), ("flax", "State"), ("flax", "TrainState"), ("flax", "FrozenDict"))(model)
+    """An nnx.Module, a State, a TrainState, or nested dicts (a FrozenDict) of arrays of NumPy or JAX."""
+    if instance_of(("flax", "Module"), ("flax", "State"), ("flax", "TrainState"))(model):
+        return True
+    if not isinstance(model, Mapping) or not any(isinstance(value, Mapping) for value in model.values()):
+        return False
+    value: object = model
+    while isinstance(value, Mapping) and value:
+        value = next(iter(value.values()))
+    return type(value).__module__.partition(".")[0] in ("numpy", "jax", "jaxlib", "flax")
 
 
 def equinox(probe: Probe) -> str | None:

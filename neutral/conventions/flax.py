@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
+from typing import Any
 
 from neutral.conventions.flax_settings import (
     attention,
@@ -24,7 +25,7 @@ from neutral.conventions.flax_settings import (
     norm,
     simple_rnn,
 )
-from neutral.conventions.forms import Attributes, Config, Convention, Form, Row, Sizes, layer
+from neutral.conventions.forms import Attributes, Config, Convention, Form, Row, Shapes, Sizes, layer
 
 PARAMS = "params"
 STATISTICS = "batch_stats"
@@ -149,7 +150,7 @@ _CONV = _kernel_forms(
     _BIAS,
     conv,
     lambda sizes: True,
-    applies=lambda config: config.get("input_dilation") in (None, 1),
+    applies=lambda config: config.get("input_dilation") in (None, 1) and not config.get("masked"),
 )
 
 
@@ -323,8 +324,17 @@ _ATTENTION = (
 )
 
 
-DECIDING = ("transpose_kernel", "feature_axes", "equation", "features", "axis", "batch_axis")
+_DECIDING = ("transpose_kernel", "feature_axes", "equation", "features", "axis", "batch_axis")
 """Settings without which the tensors of a layer do not tell how they are stored."""
+
+
+def _deciding(config: Config, shapes: Shapes) -> dict[str, Any]:
+    return {
+        name: config[name]
+        for name in _DECIDING
+        if name in config and (name != "feature_axes" or "WeightNorm/scale" in shapes) and "kernel" in shapes
+    }
+
 
 FORMS = (
     *_DENSE,
@@ -358,7 +368,7 @@ FORMS = (
                 "attention",
                 *_ATTENTION,
                 attributes=attention,
-                check=lambda sizes: sizes["head"] == sizes["kv_head"] and sizes["dim"] == sizes["value_dim"],
+                check=lambda sizes: sizes["dim"] == sizes["value_dim"],
             ),
         ),
     ),
@@ -371,6 +381,6 @@ FLAX = Convention(
     forms=FORMS,
     flatten="position channel",
     build=einsum_forms,
-    deciding=lambda config, shapes: {name: config[name] for name in DECIDING if name in config},
+    deciding=_deciding,
     auto_names={cls: cls for form in FORMS for cls in form.classes},
 )
