@@ -262,7 +262,9 @@ def _attention(config: Config, sizes: Sizes) -> dict[str, Any]:
 
 
 def _deciding(config: Config, shapes: Shapes) -> dict[str, Any]:
-    return {name: config[name] for name in ("equation", "bias_axes", "transB", "linear_before_reset") if config.get(name)}
+    return {
+        name: config[name] for name in ("equation", "bias_axes", "transB", "linear_before_reset") if config.get(name)
+    }
 
 
 ONNX = Convention(

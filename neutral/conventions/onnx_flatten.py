@@ -353,18 +353,84 @@ def _other(scope: Scope, node: NodeProto, ins: Sequence[Seen], found: Crossings)
 
 
 _OF_SEQUENCES = frozenset(
-    """Attention Concat Expand Gather GatherElements GatherND MatMul Pad ReduceMax ReduceMean ReduceSum Reshape ReverseSequence
-    Slice Split Squeeze Tile Transpose Unsqueeze""".split()
+    [
+        "Attention",
+        "Concat",
+        "Expand",
+        "Gather",
+        "GatherElements",
+        "GatherND",
+        "MatMul",
+        "Pad",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceSum",
+        "Reshape",
+        "ReverseSequence",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+    ]
 )
-_ELEMENTWISE = """Abs Cast Ceil Celu Clip Cos Dropout Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity LeakyRelu Log
-    LogSoftmax Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Softmax Softplus Softsign Sqrt Swish Tanh
-    ThresholdedRelu PRelu""".split()
+_ELEMENTWISE = [
+    "Abs",
+    "Cast",
+    "Ceil",
+    "Celu",
+    "Clip",
+    "Cos",
+    "Dropout",
+    "Elu",
+    "Erf",
+    "Exp",
+    "Floor",
+    "Gelu",
+    "HardSigmoid",
+    "HardSwish",
+    "Identity",
+    "LeakyRelu",
+    "Log",
+    "LogSoftmax",
+    "Mish",
+    "Neg",
+    "Not",
+    "Reciprocal",
+    "Relu",
+    "Round",
+    "Selu",
+    "Shrink",
+    "Sigmoid",
+    "Sign",
+    "Sin",
+    "Softmax",
+    "Softplus",
+    "Softsign",
+    "Sqrt",
+    "Swish",
+    "Tanh",
+    "ThresholdedRelu",
+    "PRelu",
+]
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, _same),
     **dict.fromkeys(
-        "AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LRN LpPool MaxPool Resize Upsample".split(), _spatial
+        [
+            "AveragePool",
+            "GlobalAveragePool",
+            "GlobalLpPool",
+            "GlobalMaxPool",
+            "LRN",
+            "LpPool",
+            "MaxPool",
+            "Resize",
+            "Upsample",
+        ],
+        _spatial,
     ),
-    **dict.fromkeys("Add Div Max Mean Min Mod Mul Pow Sub Sum Where".split(), _joining),
+    **dict.fromkeys(["Add", "Div", "Max", "Mean", "Min", "Mod", "Mul", "Pow", "Sub", "Sum", "Where"], _joining),
     "Concat": _concat,
     "Flatten": _flatten,
     "Reshape": _reshape,

@@ -17,14 +17,20 @@ FLOAT, INT64, FLOAT16 = 1, 7, 10
 
 
 def tensor(
-    name: str = "fc.weight", dims: Sequence[int] = (2, 3), raw: bytes | None = bytes(24), code: int = FLOAT, more: bytes = b""
+    name: str = "fc.weight",
+    dims: Sequence[int] = (2, 3),
+    raw: bytes | None = bytes(24),
+    code: int = FLOAT,
+    more: bytes = b"",
 ) -> bytes:
     """A TensorProto."""
     sizes = b"".join(varint(1 << 3) + varint(n) for n in dims)
     return sizes + number(2, code) + more + text(8, name) + (message(9, raw) if raw is not None else b"")
 
 
-def node(op: str = "MatMul", inputs: Sequence[str] = ("x", "fc.weight"), outputs: Sequence[str] = ("y",), more: bytes = b"") -> bytes:
+def node(
+    op: str = "MatMul", inputs: Sequence[str] = ("x", "fc.weight"), outputs: Sequence[str] = ("y",), more: bytes = b""
+) -> bytes:
     """A NodeProto."""
     wires = b"".join(text(1, value) for value in inputs) + b"".join(text(2, value) for value in outputs)
     return wires + text(4, op) + more
@@ -32,7 +38,9 @@ def node(op: str = "MatMul", inputs: Sequence[str] = ("x", "fc.weight"), outputs
 
 def graph(*tensors: bytes, nodes: Sequence[bytes] = (node(),), more: bytes = b"") -> bytes:
     """A GraphProto."""
-    return b"".join(message(1, one) for one in nodes) + text(2, "g") + b"".join(message(5, one) for one in tensors) + more
+    return (
+        b"".join(message(1, one) for one in nodes) + text(2, "g") + b"".join(message(5, one) for one in tensors) + more
+    )
 
 
 def model(inner: bytes, more: bytes = b"") -> bytes:
