@@ -98,8 +98,9 @@ class FoundLayers:
     notes: tuple[str, ...]
     splits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     unsettled: frozenset[str] = frozenset()
-    turned: frozenset[str] = frozenset()
-    """Layers that stand where the graph has an image with its channels last as one axis; their views have them first."""
+    turned: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Layers that stand where the graph has an image with its channels last as one axis: these axes of them, and their
+    channels. Their views have the channels first."""
 
 
 def layers_of(model: ModelProto, where: str) -> FoundLayers:
@@ -119,7 +120,10 @@ def layers_of(model: ModelProto, where: str) -> FoundLayers:
         tuple(finder.notes),
         {paths[number]: axes for number, axes in crossings.splits.items()},
         frozenset(paths[number] for number in crossings.unsettled),
-        frozenset(paths[number] for number in crossings.turned),
+        {
+            paths[number]: {axis: crossings.splits[number][axis] for axis in sorted(axes)}
+            for number, axes in crossings.turned.items()
+        },
     )
 
 
