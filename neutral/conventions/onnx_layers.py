@@ -425,24 +425,26 @@ def _bias_behind(scope: Scope, node: NodeProto, candidate: _Candidate) -> list[t
     if _belongs_elsewhere(weight, bias):
         return []
     candidate.expressions["B"] = _flat(bias)
-    candidate.nodes.append(adds)
-    return [(adds, value)]
+    candidate.nodes += adds
+    return [(adds[-1], value)]
 
 
-def _added(scope: Scope, node: NodeProto) -> tuple[NodeProto, str, Expression] | None:
-    """The one node behind another if it adds a constant: the node, and the constant with its name."""
+def _added(scope: Scope, node: NodeProto) -> tuple[list[NodeProto], str, Expression] | None:
+    """The one node behind another if it adds a constant: what is between them and the node, and the constant with its name."""
     made = node.outputs[0]
     adds = scope.only_user(made)
+    between: list[NodeProto] = []
     for _ in range(_MOST_STEPS):
         if adds is None or not _changes_nothing(scope, node, adds):
             break
+        between.append(adds)
         made = adds.outputs[0]
         adds = scope.only_user(made)
     if adds is None or adds.op_type != "Add" or adds.domain or len(adds.inputs) != 2:
         return None
     value = adds.inputs[1] if adds.inputs[0] == made else adds.inputs[0]
     bias = scope.floats(value)
-    return None if bias is None or not undoable(bias) else (adds, value, bias)
+    return None if bias is None or not undoable(bias) else ([*between, adds], value, bias)
 
 
 def _changes_nothing(scope: Scope, node: NodeProto, behind: NodeProto) -> bool:
@@ -527,8 +529,8 @@ def _einsum_bias(
         return []
     candidate.expressions["B"] = bias
     candidate.config["bias_axes"] = made
-    candidate.nodes.append(adds)
-    return [(adds, value)]
+    candidate.nodes += adds
+    return [(adds[-1], value)]
 
 
 def _same_as(candidate: _Candidate) -> Any:
