@@ -16,6 +16,7 @@ from neutral.containers.onnx_constants import leaves
 from neutral.conventions.onnx_layers import FoundLayer, View, layers_of
 from neutral.errors import BadFile, Problem, Unsupported, WrongUsage
 from neutral.exporters.onnx_graph import wired
+from neutral.exporters.onnx_graph import wired
 from neutral.native import NativeLayer, NativeModel, NativeTensor
 
 
@@ -60,6 +61,7 @@ def _model(opened: OnnxFile) -> NativeModel:
         close=opened.close,
         unsettled=found.unsettled,
     )
+    return wired(model, opened.model, found)
     return wired(model, opened.model, found)
 
 
