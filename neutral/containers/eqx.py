@@ -34,7 +34,7 @@ from neutral.errors import BadFile, Problem, Refused, Unsupported, raise_all
 from neutral.native import Stored, Tensor
 
 MOST_RECORDS = 1 << 15
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Record:
         if known is not None and known.kind not in "biufc" and known.itemsize == self.itemsize:
             return known
         if self.itemsize == 2:
-            return np.dtype(_BFLOAT16)
+            return _BFLOAT16
         raise Unsupported(
             Problem(where, "bytes whose dtype the file does not say", "to know it", "read the file by its model")
         )
