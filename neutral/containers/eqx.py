@@ -34,7 +34,7 @@ from neutral.errors import BadFile, Problem, Refused, Unsupported, raise_all
 from neutral.native import Stored, Tensor
 
 MOST_RECORDS = 1 << 15
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 
 
 @dataclass(frozen=True)
