@@ -48,9 +48,7 @@ def _model(tree: PyTree, form: str, key: str | None, where: str, told: Mapping[s
             metadata["order"] = order
         if chosen.several:
             metadata["metadata"]["several"] = True
-        return NativeModel(
-            "flax", form, found, collections=chosen.rest, metadata=metadata, close=tree.close
-        )
+        return NativeModel("flax", form, found, collections=chosen.rest, metadata=metadata, close=tree.close)
     except BaseException:
         tree.close()
         raise

@@ -1,7 +1,7 @@
 """What a tree of arrays means to Flax: its sets of weights, and the layers in one.
 
 >>> from neutral.native import from_array
->>> one = from_array([0.0])
+>>> one = from_array([[0.0]])
 >>> tree = {("params", "Conv_0", "kernel"): one, ("params", "rnn", "cell", "i", "kernel"): one,
 ...         ("params", "rnn", "cell", "h", "kernel"): one, ("opt_state", "0", "count"): one}
 >>> chosen = choose(tree, None, "model.msgpack")
@@ -76,7 +76,9 @@ def choose(leaves: Mapping[Path, Tensor], key: str | None, where: str) -> Weight
         chosen = next((f for f in found if ".".join(f.params) == key), None) or _below(root, key)
         if chosen is None:
             known = ", ".join(_place_name(f.params) for f in found if f.params) or "none, for the whole tree is one set"
-            raise Refused(Problem(where, f"nothing under the key {printable(key)}", f"one of: {known}", "correct --key"))
+            raise Refused(
+                Problem(where, f"nothing under the key {printable(key)}", f"one of: {known}", "correct --key")
+            )
     elif not found:
         raise BadFile(Problem(where, "no array that is a weight", "at least one", "is this a file of weights?"))
     elif len(found) > 1:
@@ -113,7 +115,12 @@ def _sets(node: Node, place: Path, depth: int) -> Iterator[_Found]:
     branches = {name: child for name, child in node.items() if isinstance(child, dict)}
     plausible = {name: child for name, child in branches.items() if depth or not _NO_WEIGHTS.fullmatch(name)}
     if depth < _DEEP:
-        inner = [f for name, child in plausible.items() if _has_variables(child, depth + 1) for f in _sets(child, (*place, name), depth + 1)]
+        inner = [
+            f
+            for name, child in plausible.items()
+            if _has_variables(child, depth + 1)
+            for f in _sets(child, (*place, name), depth + 1)
+        ]
         if inner:
             yield from inner
             return
@@ -181,7 +188,9 @@ def _weight_set(leaves: Mapping[Path, Tensor], chosen: _Found, found: list[_Foun
     raise_all(Refused, problems)
     if not weights:
         raise BadFile(Problem(where, "no array that is a weight", "at least one", "is this a file of weights?"))
-    return WeightSet(chosen.params, _without_value(weights), {name: tuple(tensors) for name, tensors in rest.items()}, len(found) > 1)
+    return WeightSet(
+        chosen.params, _without_value(weights), {name: tuple(tensors) for name, tensors in rest.items()}, len(found) > 1
+    )
 
 
 def _relative(path: Path, chosen: _Found) -> Path | None:

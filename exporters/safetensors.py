@@ -19,7 +19,7 @@ from neutral.errors import BadFile, Problem, Refused, WrongUsage
 from neutral.exporters.state_dict import common_prefix, layers_from_state_dict
 from neutral.native import NativeModel, NativeTensor
 
-_OTHER_LAYOUTS: Final = ("tf", "flax", "jax", "mlx", "keras")
+_OTHER_LAYOUTS: Final = ("tf", "flax", "jax", "mlx", "keras", "paddle", "pd")
 
 
 def read(source: Path, *, key: str | None = None) -> NativeModel:

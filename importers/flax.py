@@ -23,7 +23,7 @@ from neutral.containers.pytree import (
 )
 from neutral.containers.safetensors import misfits, open_safetensors, replace_tensors, usual_order, write
 from neutral.containers.tree import Path as Place
-from neutral.conventions.flax import PARAMS, SEPARATORS, STATISTICS, full_name, separator_of
+from neutral.conventions.flax import PARAMS, SEPARATORS, STATISTICS, separator_of
 from neutral.errors import Problem, Refused, Unsupported, printable, raise_all
 from neutral.native import NativeModel, Tensor
 from neutral.suffixes import suffix_of
@@ -122,7 +122,11 @@ def _beside(settings: Mapping[str, Any], same: bool) -> tuple[dict[Place, object
     """What the source's tree has beside arrays, and what a writer of its format remembers of it."""
     kept = _settings(settings)
     listed = kept.get("others", ())
-    pairs = [pair for pair in listed if isinstance(pair, Sequence) and len(pair) == 2] if isinstance(listed, Sequence) else []
+    pairs = (
+        [pair for pair in listed if isinstance(pair, Sequence) and len(pair) == 2]
+        if isinstance(listed, Sequence)
+        else []
+    )
     others = {tuple(map(str, place)): value for place, value in pairs if isinstance(place, Sequence)}
     tree = kept.get("tree")
     return others, dict(tree) if same and isinstance(tree, Mapping) else {}
@@ -135,7 +139,12 @@ def _build_safetensors(leaves: Mapping[Place, Tensor], settings: Mapping[str, An
     fit = [s for s in (told, *reversed(SEPARATORS)) if s in SEPARATORS and s not in used]
     if not fit:
         raise Refused(
-            Problem(str(out), f"keys with {' and '.join(SEPARATORS)} in them", "one that can separate them", f"write {MSGPACK}")
+            Problem(
+                str(out),
+                f"keys with {' and '.join(SEPARATORS)} in them",
+                "one that can separate them",
+                f"write {MSGPACK}",
+            )
         )
     pairs = _settings(settings).get("pairs")
     metadata = {str(k): str(v) for k, v in pairs} if isinstance(pairs, list) else {"format": "flax"}

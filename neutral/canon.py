@@ -35,6 +35,7 @@ from neutral.conventions.forms import (
     from_last,
     role_expression,
 )
+from neutral.conventions.hints import kind_hint, settings_known, ways
 from neutral.crossing import WITH_SPACE, Crossing, Seen, Told, flattened
 from neutral.errors import BadLayout, Problem, Refused, an, named, raise_all
 from neutral.layout import Layout, layout
@@ -152,7 +153,9 @@ def _bindings(layer: NativeLayer, convention: Convention, hint: str | None) -> t
     if layer.cls is not None and hint is None:
         forms = (*convention.build(layer.cls, layer.config), *named)
     else:
-        forms = [f for f in convention.forms if f.guessable or hint is not None]
+        told = dict.fromkeys(cls for f in convention.forms for cls in f.classes if layer.config and hint is not None)
+        built = [f for cls in told for f in convention.build(cls, layer.config)]
+        forms = [*built, *(f for f in convention.forms if f.guessable or hint is not None)]
     found, reasons = [], []
     for form in forms:
         if hint is not None and not any(compatible(part.kind, hint) for part in form.parts):
@@ -186,8 +189,13 @@ class Known:
 def recognise(layer: NativeLayer, convention: Convention, hint: str | None = None) -> Known:
     """Which form of the convention a native layer has: by its class, by a hint, or by being the only one that fits.
 
-    Where several kinds fit, none is chosen: they become candidates. A hint that the class contradicts is `Refused`.
+    Where several kinds fit, none is chosen: they become candidates. A hint that the class contradicts is `Refused`. A hint
+    may tell settings of the class, too (`conv_transpose(transpose_kernel=false)`).
     """
+    settings: Mapping[str, Any] = {}
+    if hint is not None:
+        hint, settings = kind_hint(hint)
+        layer = _with_settings(layer, settings, convention)
     if hint is not None and layer.cls is not None:
         known = recognise(layer, convention)
         if known.binding is not None:
@@ -201,25 +209,60 @@ def recognise(layer: NativeLayer, convention: Convention, hint: str | None = Non
     kinds = list(dict.fromkeys(_kind_of(binding) for binding in found))
     if hint is None and len(kinds) > 1 and layer.cls is None:
         auto = convention.auto_names.get(re.sub(r"_\d+$", "", re.split(r"[./]", layer.path)[-1]))
-        named = [b for b in found if auto in b.form.classes and b.form.applies(layer.config)]
+        named = [b for b in found if auto in b.form.classes]
+        applying = [b for b in named if b.form.applies(layer.config)]
+        if applying:
+            return Known(layer, applying[0], "name")
         if named:
-            return Known(layer, named[0], "name")
+            found = [b for b in found if any(compatible(_kind_of(b), _kind_of(other)) for other in named)]
+            kinds = list(dict.fromkeys(_kind_of(binding) for binding in found))
+            if len(found) > 1:
+                return Known(layer, None, "none", tuple(kinds))
     if hint is not None:
-        exact = next((binding for binding in found if _kind_of(binding) == hint), found[0])
-        if len(found) > 1 and not exact.form.applies(layer.config):
+        of_kind = [binding for binding in found if _kind_of(binding) == hint] or found
+        applying = [b for b in (*of_kind, *(found if settings else ())) if b.form.applies(layer.config)]
+        exact = applying[0] if applying else of_kind[0]
+        if settings and not applying:
+            said = ", ".join(f"{name}={value}" for name, value in settings.items())
+            raise Refused(
+                Problem(layer.path, f"tensors {_shapes(layer)}", f"those of {an(hint)} with {said}", "correct the hint")
+            )
+        if (len(found) > 1 or exact.form.vague) and not applying:
+            told = ways(_kind_of(exact), (binding.form.says for binding in of_kind))
+            others = [_kind_of(binding) for binding in found if binding.form.applies(layer.config)][:1]
+            do = " or ".join(f"--kind '{layer.path}={way}'" for way in told) or "".join(
+                f"--kind {kind} if they are stored so" for kind in others
+            )
             raise Refused(
                 Problem(
                     layer.path,
                     f"tensors {_shapes(layer)} of {hint}, without the setting that says what their axes are",
                     "to know it",
-                    f"import into a template that says it, or give --kind {_kind_of(found[0])} if they are stored so",
+                    "import into a template that says it" + (f", or give {do}" if do else ""),
                 )
             )
         return Known(layer, exact, "hint")
-    if found and (layer.cls is not None or len(kinds) == 1):
+    if found and (layer.cls is not None or (len(kinds) == 1 and not found[0].form.vague)):
         evidence: Evidence = layer.evidence if layer.cls is not None else "name"  # type: ignore[assignment]
         return Known(layer, found[0], evidence)
     return Known(layer, None, "none", tuple(kinds))
+
+
+def _with_settings(layer: NativeLayer, settings: Mapping[str, Any], convention: Convention) -> NativeLayer:
+    """The layer with what a hint tells of its class; `Refused` if that decides nothing, or the class says otherwise."""
+    known = settings_known(convention) if settings else frozenset()
+    problems = []
+    for name, value in settings.items():
+        if name not in known:
+            choice = f"one of {', '.join(sorted(known))}" if known else "none, for kinds alone tell the form"
+            problems.append(Problem(named(layer.path), f"the setting {name} in a hint", choice, "correct the hint"))
+        elif layer.config.get(name, value) != value:
+            found = f"the hint that {name} is {value}"
+            problems.append(
+                Problem(named(layer.path), found, f"{layer.config[name]}, as its class says", "leave it out")
+            )
+    raise_all(Refused, problems)
+    return replace(layer, config={**layer.config, **settings}) if settings else layer
 
 
 def _check_hint(known: Known, hint: str) -> None:
@@ -465,11 +508,15 @@ def _raw(local: str, tensor: NativeTensor) -> CanonicalTensor:
     return CanonicalTensor(tensor.data, axes, {}, {local: tensor.name}, tensor.identity, tensor.state)
 
 
+_KERNELS = ("kernel_direction", "kernel_raw")
+"""Roles of a reparametrized kernel that have its axes."""
+
+
 def canonical_axes(
     kind: str, role: str, rank: int, directed: bool
 ) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
     """The axis names and labels of a parameter of this rank."""
-    spec = KINDS[kind].parameters_of.get(role)
+    spec = KINDS[kind].parameters_of.get("kernel" if role in _KERNELS else role)
     if spec is None:
         return tuple(f"d{i}" for i in range(rank)), {}
     front = ("direction",) if directed else ()
@@ -606,8 +653,9 @@ def _reparametrized(
         out.apply("effective_kernel", layer.path, "spectral norm: the kernel was divided by its norm")
     elif "kernel_direction" in rows and "kernel" in have and want is not None:
         kernel = have.pop("kernel")
-        local = next(expand(row.name)[0].text for row in bound.rows if row.role == "kernel_magnitude")
-        shape = want[local].data.shape
+        row = next(row for row in bound.rows if row.role == "kernel_magnitude")
+        there = want[expand(row.name)[0].text].data
+        shape = (there if row.raw else row_layout(row, layer.kind).to_canonical(there)).shape
         have["kernel_direction"] = kernel
         have["kernel_magnitude"] = replace(kernel, data=rules.weight_norm_magnitude(kernel.data, shape))
         out.apply("magnitude", layer.path, "a plain kernel was split into magnitude and direction")

@@ -87,6 +87,10 @@ Kind = Annotated[
         help="The kind of the layers that a glob matches (=KIND: a model that is one layer). May be repeated.",
     ),
 ]
+IntoKind = Annotated[
+    list[str] | None,
+    typer.Option("--into-kind", metavar="PATTERN=KIND", help="The kind of layers of TEMPLATE. May be repeated."),
+]
 Flatten = Annotated[
     list[str] | None,
     typer.Option(
@@ -314,6 +318,7 @@ def _import(
     ] = None,
     into: Into = None,
     into_key: IntoKey = None,
+    into_kind: IntoKind = None,
     map_file: MapFile = None,
     allow_unused: AllowUnused = None,
     allow_missing: AllowMissing = None,
@@ -327,7 +332,7 @@ def _import(
         raise WrongUsage(
             Problem("import", "no destination", "--to FRAMEWORK, -o OUT or --into TEMPLATE", "name one of them")
         )
-    writing = _writing(to, into, into_key, map_file, allow_unused, allow_missing, cast)
+    writing = _writing(to, into, into_key, into_kind, map_file, allow_unused, allow_missing, cast)
     with screen.progress(f"import {archive.name}") as progress:
         result = neutral.import_model(archive, out=out, **writing, force=force, progress=progress)
     return _reported(screen, result, explain)
@@ -341,6 +346,7 @@ def _convert(
     to: To = None,
     into: Into = None,
     into_key: IntoKey = None,
+    into_kind: IntoKind = None,
     map_file: MapFile = None,
     source_format: From = None,
     key: Key = None,
@@ -355,7 +361,7 @@ def _convert(
     """Export and import in one step, without a file in the middle."""
     screen: Screen = ctx.obj
     reading = _reading(source_format, key, kind, flatten)
-    writing = _writing(to, into, into_key, map_file, allow_unused, allow_missing, cast)
+    writing = _writing(to, into, into_key, into_kind, map_file, allow_unused, allow_missing, cast)
     with screen.progress(f"convert {source.name}") as progress:
         result = neutral.convert(source, out, **reading, **writing, force=force, progress=progress)
     return _reported(screen, result, explain)
@@ -516,6 +522,7 @@ def _writing(
     to: str | None,
     into: Path | None,
     into_key: str | None,
+    into_kind: list[str] | None,
     map_file: Path | None,
     allow_unused: list[str] | None,
     allow_missing: list[str] | None,
@@ -528,6 +535,7 @@ def _writing(
         "to": to,
         "into": into,
         "into_key": into_key,
+        "into_kinds": _kinds(into_kind, "--into-kind"),
         "mapping": None if map_file is None else read_map(map_file),
         "allow_unused": tuple(allow_unused or ()),
         "allow_missing": tuple(allow_missing or ()),
@@ -538,16 +546,18 @@ def _writing(
 def _pairs(option: str, values: list[str] | None, what: str) -> dict[str, str]:
     pairs: dict[str, str] = {}
     for value in values or ():
-        left, equals, right = value.rpartition("=")
-        if not equals or not right:
+        # A kind may have settings in brackets, with further equal signs in them.
+        found = re.fullmatch(r"(.*?)=([^=()]+(?:\(.*\))?)", value, re.DOTALL)
+        left, right = found.groups() if found else ("", "")
+        if not right:
             raise WrongUsage(Problem(option, f"{value!r}", what))
         if pairs.setdefault(left, right) != right:
             raise WrongUsage(Problem(option, f"{left!r} twice, as {pairs[left]} and {right}", "it once"))
     return pairs
 
 
-def _kinds(values: list[str] | None) -> dict[str, str]:
-    return _pairs("--kind", values, "PATTERN=KIND")
+def _kinds(values: list[str] | None, option: str = "--kind") -> dict[str, str]:
+    return _pairs(option, values, "PATTERN=KIND")
 
 
 def _flatten(values: list[str] | None) -> dict[str, str] | None:

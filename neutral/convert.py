@@ -141,6 +141,7 @@ def import_model(
     *,
     into: Model | None = None,
     into_key: str | None = None,
+    into_kinds: Mapping[str, str] | None = None,
     out: str | os.PathLike[str] | None = None,
     mapping: Mapping[str, str] | None = None,
     allow_unused: Sequence[str] = (),
@@ -155,7 +156,8 @@ def import_model(
         import_model("lenet5.nwt", into="other.h5", out="new.h5")     a copy of other.h5 with these weights
         import_model("lenet5.nwt", into=module)                       a live torch or Keras model, in place
 
-    `into_key` chooses one of several sets of weights in the template; the others stay as they are.
+    `into_key` chooses one of several sets of weights in the template; the others stay as they are. `into_kinds` maps globs
+    on the template's layers to kinds.
     With a template (`into`) layers are paired by `mapping` (source path -> template path), by name, and by structure
     where that is unique. `allow_unused` and `allow_missing` are globs on layer paths of the archive and the template.
     `cast` allows a narrower dtype. Raises `Refused` with all that does not fit; then nothing was written.
@@ -172,6 +174,7 @@ def import_model(
             to,
             into,
             into_key,
+            into_kinds,
             out,
             mapping,
             allow_unused,
@@ -219,6 +222,7 @@ def convert(
     to: str | None = None,
     into: Model | None = None,
     into_key: str | None = None,
+    into_kinds: Mapping[str, str] | None = None,
     format: str | None = None,
     key: str | None = None,
     kinds: Mapping[str, str] | None = None,
@@ -244,7 +248,19 @@ def convert(
     contents, close, where = read_source(source, format, key, kinds, flatten_channels(flatten))
     try:
         return _import(
-            contents, where, to, into, into_key, target, mapping, allow_unused, allow_missing, cast, force, started
+            contents,
+            where,
+            to,
+            into,
+            into_key,
+            into_kinds,
+            target,
+            mapping,
+            allow_unused,
+            allow_missing,
+            cast,
+            force,
+            started,
         )
     finally:
         close()
@@ -256,6 +272,7 @@ def _import(
     to: str | None,
     into: Model | None,
     into_key: str | None,
+    into_kinds: Mapping[str, str] | None,
     out: str | os.PathLike[str] | None,
     mapping: Mapping[str, str] | None,
     allow_unused: Sequence[str],
@@ -264,6 +281,7 @@ def _import(
     force: bool,
     started: float,
 ) -> Report:
+    check_kinds(into_kinds)
     journey = Journey()
     count = sum(1 for layer in contents.layers if layer.weights)
     if into is not None and not isinstance(into, str | os.PathLike):
@@ -275,10 +293,10 @@ def _import(
             )
         if into_key is not None:
             raise WrongUsage(Problem("into", "a live model and a key", "a model file", "leave the key away"))
-        _fill_live(contents, into, mapping, allow_unused, allow_missing, cast, journey)
+        _fill_live(contents, into, into_kinds, mapping, allow_unused, allow_missing, cast, journey)
         return _report(None, journey, len(journey.pairs), started)
     template = None if into is None else Path(into)
-    if template is None and (mapping or allow_unused or allow_missing or into_key is not None):
+    if template is None and (mapping or allow_unused or allow_missing or into_key is not None or into_kinds):
         raise WrongUsage(
             Problem(
                 "import", "a map, patterns or --into-key without a template", "--into TEMPLATE", "name the template"
@@ -296,7 +314,7 @@ def _import(
     with ExitStack() as stack:
         if template is not None:
             native = stack.enter_context(opened(framework, template, into_key))
-            fill_template(contents, native, framework, mapping, allow_unused, allow_missing, cast, journey)
+            fill_template(contents, native, framework, mapping, allow_unused, allow_missing, cast, journey, into_kinds)
             built, expected = None, {name: Witnessed(tensor) for name, tensor in journey.tensors.items()}
             work = stack.enter_context(work_beside(target))
             framework.writer().fill(template, expected, work / target.name, key=into_key)
@@ -329,6 +347,7 @@ def _report(out: Path | None, journey: Journey, layers: int, started: float) -> 
 def _fill_live(
     contents: Contents,
     model: object,
+    kinds: Mapping[str, str] | None,
     mapping: Mapping[str, str] | None,
     allow_unused: Sequence[str],
     allow_missing: Sequence[str],
@@ -337,7 +356,7 @@ def _fill_live(
 ) -> None:
     name, native = read_live(model, None)
     framework = FRAMEWORKS[name]
-    fill_template(contents, native, framework, mapping, allow_unused, allow_missing, cast, journey)
+    fill_template(contents, native, framework, mapping, allow_unused, allow_missing, cast, journey, kinds)
     framework.writer().fill_live(model, journey.tensors)
 
 

@@ -15,7 +15,7 @@ from neutral.canon import Binding, Known, bind, native_tensors, read_layers, rec
 from neutral.canonical import CanonicalLayer
 from neutral.conventions.forms import Convention, Form, same_family
 from neutral.doubts import as_known, flatten_remark, reconciled, source_told, tells_wiring, unknown_problem
-from neutral.errors import NeutralError, Problem, Refused, named, raise_all
+from neutral.errors import NeutralError, Problem, Refused, named, raise_all, reworded
 from neutral.framework import Framework
 from neutral.journey import Journey
 from neutral.match import Pairing, Side, differing_settings, idle_patterns, pair_layers
@@ -33,12 +33,17 @@ def fill_template(
     allow_missing: Sequence[str],
     cast: bool,
     journey: Journey,
+    kinds: Mapping[str, str] | None = None,
 ) -> None:
-    """Pair an archive with a template and collect, by native name, the template's tensors with the archive's weights."""
+    """Pair an archive with a template and collect, by native name, the template's tensors with the archive's weights.
+
+    `kinds` maps globs on the template's layers to kinds.
+    """
     convention = framework.convention()
     source = origin_of(contents)
     origin = source.convention()
-    known = read_layers(template, convention)
+    with reworded("--kind", "--into-kind"):
+        known = read_layers(template, convention, kinds=kinds)
     theirs = [layer for _, layers in known for layer in layers]
     alike = same_family(origin, convention)
     pairing = pair_layers(
@@ -129,7 +134,8 @@ def _fill_layer(
     try:
         if binding is None:
             form = stored_form(contents, mine[0]) if alike else None
-            binding = _recognised(native, mine[0].kind, convention, form)
+            with reworded("--kind", "--into-kind"):
+                binding = _recognised(native, mine[0].kind, convention, form)
         if not alike:
             journey.warnings += _turned(native.path, (*item.candidates, *mine[0].candidates), binding)
         kinds = [bound.part.kind for bound in binding.parts]

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from neutral.containers.files import SourceFile
+from neutral.containers.paddle_file import holds_tables
 from neutral.containers.protobuf import BYTES, VARINT, FileReader
 from neutral.containers.torch_program import holds_program
 from neutral.containers.zip import ZipSource
@@ -30,7 +31,6 @@ from neutral.errors import NeutralError
 from neutral.suffixes import suffix_of
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 _SSTABLE = bytes.fromhex("57fb808b247547db")
 _LONGEST_JSON = 256 << 20
 
@@ -153,7 +153,7 @@ def instance_of(*classes: tuple[str, str]) -> Live:
 
 def torch(probe: Probe) -> str | None:
     if probe.container in ("pickle", "tar"):
-        return "pt-legacy"
+        return None if paddle(probe) is not None else "pt-legacy"
     if any(name.rpartition("/")[2] == "data.pkl" for name in probe.members):
         return "pt"
     if holds_program(probe.members):
@@ -186,7 +186,7 @@ def numpy(probe: Probe) -> str | None:
 
 def safetensors(probe: Probe) -> str | None:
     if probe.container == "safetensors":
-        return "safetensors"
+        return None if paddle(probe) is not None else "safetensors"
     if probe.any("*.safetensors.index.json") or "weight_map" in probe.json:
         return "shards"
     return "safetensors" if probe.any("*.safetensors") else None
@@ -211,6 +211,23 @@ def onnx(probe: Probe) -> str | None:
     except NeutralError:
         return None
     return "onnx" if 1 in seen and seen.count(_ONNX_GRAPH) == 1 else None
+
+
+def paddle(probe: Probe) -> str | None:
+    """A pickle with paddle's own tables or pairs in it, or of its suffix; what jit.save makes, to be refused in words."""
+    suffix = suffix_of(probe.path)
+    if probe.container == "safetensors":
+        return "paddle-safetensors" if probe.safetensors[0].get("format") == "paddle" else None
+    if suffix in (".pdparams", ".pdopt", ".pdiparams", ".pdmodel") and probe.container in ("pickle", ""):
+        return "pdparams"
+    return "pdparams" if probe.container == "pickle" and holds_tables(probe.path) else None
+
+
+def tfjs(probe: Probe) -> str | None:
+    if probe.has("model.json"):
+        with Probe(probe.path / "model.json") as inner:
+            return tfjs(inner)
+    return "layers-model" if {"modelTopology", "weightsManifest"} & probe.json.keys() else None
 
 
 _TENSOR_OF_A_MODULE = re.compile(

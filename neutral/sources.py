@@ -16,6 +16,7 @@ from neutral.canon import Known, deciding, read_layers
 from neutral.canonical import CanonicalLayer
 from neutral.containers.files import leads_outside
 from neutral.conventions.forms import Convention
+from neutral.conventions.hints import kind_hint
 from neutral.errors import BadFile, Problem, Refused, WrongUsage, an, raise_all
 from neutral.framework import Framework
 from neutral.frameworks import ARCHIVE, FRAMEWORKS
@@ -28,7 +29,9 @@ Model = str | os.PathLike[str] | object
 
 
 def check_kinds(kinds: Mapping[str, str] | None) -> None:
-    wrong = {pattern: kind for pattern, kind in (kinds or {}).items() if kind == "unknown" or kind not in KINDS}
+    wrong = {
+        pattern: kind for pattern, kind in (kinds or {}).items() if kind_hint(kind)[0] not in KINDS or kind == "unknown"
+    }
     if wrong:
         known = ", ".join(sorted(kind for kind in KINDS if kind != "unknown"))
         told = (

@@ -125,16 +125,15 @@ def has(case: Case, column: str) -> bool:
     return not isinstance(columns.model_of(case, column), str)
 
 
-def pairs(name: str) -> list[tuple[str, str]]:
+def pairs(name: str, among: Sequence[str] = COLUMNS) -> list[tuple[str, str]]:
     """The ordered pairs of a case. The first case of a row has all; of the others each pair has one in turn."""
     names = ROWS[row_of(name)]
-    every = [(a, b) for a in COLUMNS for b in COLUMNS]
     turn = names.index(name)
-    case = cases()[name]
+    present = {column for column in among if has(cases()[name], column)}
     return [
         (a, b)
-        for i, (a, b) in enumerate(every)
-        if has(case, a) and has(case, b) and (turn == 0 or i % (len(names) - 1) == turn - 1)
+        for i, (a, b) in enumerate((a, b) for a in COLUMNS for b in COLUMNS)
+        if {a, b} <= present and (turn == 0 or i % (len(names) - 1) == turn - 1)
     ]
 
 
@@ -233,7 +232,7 @@ def measure(
     """Every pair of a case, `source-target` -> what became of it."""
     case = cases(equal)[name]
     bench = Bench(case, equal, workers, folder)
-    wanted = [pair for pair in pairs(name) if pair[0] in workers and pair[1] in workers and (not only or pair in only)]
+    wanted = [pair for pair in pairs(name, tuple(workers)) if not only or pair in only]
     try:
         with ThreadPoolExecutor(3) as pool:
             found = list(pool.map(lambda pair: bench.measure(*pair), wanted))

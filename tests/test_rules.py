@@ -154,6 +154,8 @@ def test_spectral_norm_is_that_of_torch() -> None:
 def test_the_list_of_rules_is_closed() -> None:
     assert {name for name, rule in rules.RULES.items() if rule.exact} == {
         "one_bias",
+        "new_bias",
+        "input_bias",
         "default",
         "drop_default",
         "broadcast",
@@ -165,3 +167,30 @@ def test_the_list_of_rules_is_closed() -> None:
         "magnitude",
         "narrow",
     }
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_gru_bias_without_what_is_only_added(axis: int) -> None:
+    """Linen keeps four biases, NNX three; what is added to another is added, to the bit where it is zero."""
+    lead = (2,) * axis
+    four = np.arange(1.0, 1 + 4 * 3 * 2**axis).reshape(*lead, 4, 3)
+    sides = rules.two_sides("new_bias", from_array(four), axis)
+    assert sides.shape == (*lead, 2, 3, 3) == (*lead, *sides.shape[axis:])
+    assert rules.stored_shape("new_bias", sides.shape, axis) == four.shape
+    back = rules.as_stored("new_bias", sides, axis)
+    assert back.exact and not back.lost and np.array_equal(back.tensor.read(), four)
+    three = rules.as_stored("input_bias", sides, axis)
+    assert "new gate" in three.lost
+
+    both = np.random.default_rng(1).normal(size=(*lead, 2, 3, 3))
+    added = rules.as_stored("new_bias", from_array(both), axis)
+    first, second = np.moveaxis(both, axis, 0)
+    gates = np.moveaxis(first, axis, 0), np.moveaxis(second, axis, 0)
+    expected = [gates[0][0] + gates[1][0], gates[0][1] + gates[1][1], gates[0][2], gates[1][2]]
+    assert not added.exact and np.array_equal(added.tensor.read(), np.stack(expected, axis))
+
+    gates[1][2][...] = 0
+    fused = rules.as_stored("input_bias", from_array(both), axis)
+    assert not fused.lost and np.array_equal(fused.tensor.read(), np.stack(expected[:3], axis))
+    assert rules.stored_shape("input_bias", both.shape, axis) == fused.tensor.shape
+    assert not rules.two_sides("input_bias", fused.tensor, axis).take(axis, (1,)).read().any()

@@ -19,7 +19,7 @@ dimension equal, and there shapes catch nothing. Inputs and outputs are exchange
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -84,6 +84,7 @@ class Case:
     torch layer -> the several Keras layers it equals, in order; every other layer has the same path in all frameworks
     (`a.b` in torch, `a/b` in Keras). `flatten`: torch layer after a flattened feature map -> number of channels;
     `unflatten`: torch layer before its features become a feature map -> number of channels. `blind`: tensors that no forward pass can see, by framework; compare these by value.
+    `parts`: the cases that a model of several was put together from, see `together`.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Case:
     unflatten: dict[str, int] = field(default_factory=dict)
     blind: dict[str, tuple[str, ...]] = field(default_factory=dict)
     notes: str = ""
+    parts: tuple[Case, ...] = ()
 
     @property
     def frameworks(self) -> tuple[str, ...]:
@@ -129,16 +131,65 @@ def family(function: Family) -> Family:
     return function
 
 
+class Cases(dict[str, Case]):
+    """Cases by name; `dense+lstm` is put together from the two when it is asked for."""
+
+    def __missing__(self, name: str) -> Case:
+        if "+" not in name:
+            raise KeyError(name)
+        self[name] = together(name, [self[part] for part in name.split("+")])
+        return self[name]
+
+
 @cache
 def cases(equal: bool = False) -> dict[str, Case]:
     """Every case by name. Cases that cannot have all dimensions equal are missing from the equal zoo."""
-    found: dict[str, Case] = {}
+    found: dict[str, Case] = Cases()
     for function in FAMILIES:
         for case in function(Sizes(equal)):
             if case.name in found:
                 raise ValueError(f"two cases are called {case.name}")
             found[case.name] = case
     return found
+
+
+def together(name: str, parts: list[Case]) -> Case:
+    """One model of several cases side by side, each with inputs of its own; the output is the last one's.
+
+    >>> both = cases()["dense+lstm"]
+    >>> [row.name for row in both.models["torch"].layers], both.models["torch"].inputs
+    (['a_layer', 'b_layer'], ('nc', 'ntc'))
+    """
+    frameworks = [f for f in parts[0].models if all(f in part.models for part in parts)]
+    stacks = {f"{p}_{path}": tuple(f"{p}_{one}" for one in names) for p, part in lettered(parts) for path, names in part.stacks.items()}
+    return Case(
+        name,
+        "together",
+        tuple(one for part in parts for one in part.inputs),
+        parts[-1].output,
+        {f: side_by_side(parts, [part.models[f] for part in parts]) for f in frameworks},
+        stacks=stacks,
+        flatten={f"{p}_{path}": n for p, part in lettered(parts) for path, n in part.flatten.items()},
+        parts=tuple(parts),
+    )
+
+
+def lettered(parts: list[Case]) -> list[tuple[str, Case]]:
+    return list(zip("abcdefgh", parts, strict=False))
+
+
+def side_by_side(parts: list[Case], models: list[Model]) -> Model:
+    """The rows of several models of one framework, their names and inputs told apart."""
+    rows: list[Layer] = []
+    first = 0
+    for (letter, part), model in zip(lettered(parts), models, strict=True):
+        names = {row.name: f"{letter}_{row.name}" for row in model.layers}
+        names |= {f"x{i}": f"x{first + i}" for i in range(len(part.inputs))}
+        for i, row in enumerate(model.layers):
+            of = tuple(names[one] for one in row.of) or ((f"x{first}",) if i == 0 else ())
+            rows.append(replace(row, name=names[row.name], cls=names.get(row.cls, row.cls), of=of))
+        first += len(part.inputs)
+    return Model("graph", tuple(rows), tuple(axes for model in models for axes in model.inputs), models[-1].output)
 
 
 def make_inputs(case: Case, seed: int, dtype: str = "float32") -> list[np.ndarray]:

@@ -6,7 +6,6 @@ config is a text: it is parsed, bounded in size and depth, and never built.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from neutral.containers.files import SourceFile
 from neutral.containers.hdf5 import SIGNATURE, Hdf5Source, open_hdf5
+from neutral.containers.json_text import parse_json
 from neutral.containers.zip import ZipSource
 from neutral.containers.zip_records import STORED
 from neutral.errors import BadFile, Problem
@@ -112,14 +112,3 @@ def _open_h5(path: Path, file: SourceFile, source: Hdf5Source) -> KerasFile:
 
 def _versions(found: Mapping[str, Any]) -> dict[str, Any]:
     return {name: found[name] for name in ("keras_version", "backend") if isinstance(found.get(name), str)}
-
-
-def parse_json(text: bytes, where: str) -> dict[str, Any]:
-    """A JSON object; damaged, deep or huge text is a `BadFile`."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadFile(Problem(where, f"text that is no JSON ({error})", "JSON as Keras writes it")) from None
-    if not isinstance(value, dict):
-        raise BadFile(Problem(where, f"a JSON {type(value).__name__}", "a JSON object"))
-    return value

@@ -123,7 +123,9 @@ def _untied(there: Mapping[str, TensorProto], tensors: Mapping[str, Tensor]) -> 
         first = tensors.get(names[0])
         for name in names[1:]:
             if not _same(first, tensors.get(name)):
-                yield Problem(name, f"other elements than {names[0]} has", "the same, for the two lie in the same bytes")
+                yield Problem(
+                    name, f"other elements than {names[0]} has", "the same, for the two lie in the same bytes"
+                )
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

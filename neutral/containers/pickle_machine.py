@@ -31,6 +31,8 @@ BUDGET: Final = 256 << 20
 
 _COST: Final = 48
 _WINDOW: Final = 1 << 18
+_SHORT: Final = 1 << 12
+_TEXTS: Final = "SVX\x8c\x8d"
 _MARKS: Final = 10_000
 _LONGEST_INT: Final = 1 << 12
 _PLAIN_INT: Final = (1 << 61) - 1
@@ -63,6 +65,23 @@ class Node:
 
     def __repr__(self) -> str:
         return f"<{printable(self.cls, 80)}>"
+
+
+class Blob:
+    """A text or byte string of a pickle that is read lazily: where its `nbytes` bytes begin, counted from the start of
+    the storage, and `value` if it is short. `opcode` says how it is stored: `T`, `U`, `B`, `C` and others as bytes, `X` and
+    its like as UTF-8."""
+
+    __slots__ = ("nbytes", "offset", "opcode", "value")
+
+    def __init__(self, opcode: str, offset: int, nbytes: int, value: str | bytes | None) -> None:
+        self.opcode = opcode
+        self.offset = offset
+        self.nbytes = nbytes
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"<{self.nbytes} bytes at {self.offset}>"
 
 
 class Opaque:
@@ -168,18 +187,22 @@ def load(
     persistent: Callable[[object], object] | None = None,
     build: Callable[[object, object], None] | None = None,
     globals_seen: dict[str, None] | None = None,
+    lazy: bool = False,
 ) -> tuple[object, int]:
     """The value of the pickle at `offset`, and the offset after it.
 
     `rebuild` is the closed table of functions that are understood: name -> data from the arguments. `persistent` gives
     the value of a persistent id. `build` is told when state is set on what `rebuild` or `persistent` made. Every name
-    that the pickle mentions is put into `globals_seen`.
+    that the pickle mentions is put into `globals_seen`. If `lazy`, every text and byte string stands as a `Blob`, but for
+    the keys of mappings and names: long ones stay in the file, and their bytes count for nothing.
     """
-    machine = _Machine(storage, offset, where, rebuild or {}, persistent, build, globals_seen)
+    machine = _Machine(storage, offset, where, rebuild or {}, persistent, build, globals_seen, lazy)
     return machine.run(), machine.base + machine.pos
 
 
 def _key(value: object) -> Any:
+    if type(value) is Blob and value.value is not None:
+        value = value.value
     kind = type(value)
     if kind is str or kind is bytes or kind is float or kind is bool or value is None:
         return value
@@ -198,9 +221,11 @@ class _Machine:
         persistent: Callable[[object], object] | None,
         build: Callable[[object, object], None] | None,
         globals_seen: dict[str, None] | None,
+        lazy: bool = False,
     ) -> None:
-        self.storage, self.base, self.where = storage, offset, where
+        self.storage, self.start, self.base, self.where = storage, offset, offset, where
         self.rebuild, self.persistent, self.build_other = rebuild, persistent, build
+        self.lazy = lazy
         self.seen: dict[str, None] = {} if globals_seen is None else globals_seen
         self.data = b""
         self.pos = 0
@@ -232,7 +257,7 @@ class _Machine:
         return value
 
     def _bad(self, found: str, expected: str, do: str = "the file is damaged or forged") -> BadFile:
-        return BadFile(Problem(f"{self.where} at byte {self.pos}", found, expected, do))
+        return BadFile(Problem(f"{self.where} at byte {self.base + self.pos - self.start}", found, expected, do))
 
     def _charge(self, nbytes: int) -> None:
         self.left -= nbytes
@@ -280,6 +305,35 @@ class _Machine:
         self._charge(count)
         return self.take(count)
 
+    def push_bytes(self, opcode: str, count: int) -> None:
+        self.push(self.left_there(opcode, count) if self.lazy else self.blob(count))
+
+    def push_text(self, opcode: str, count: int) -> None:
+        old = opcode in "TU"  # of Python 2, whose arrays keep their elements in such strings
+        if self.lazy:
+            self.push(self.left_there(opcode, count))
+        else:
+            self.push(self.old_text(self.blob(count)) if old else self.text(self.blob(count)))
+
+    def left_there(self, opcode: str, count: int) -> Blob:
+        """The next bytes as a `Blob`; long ones are passed over without being read."""
+        self._charge(200)
+        value: str | bytes | None = None
+        offset = self.base + self.pos
+        if count <= _SHORT:
+            value = self.blob(count)
+            if opcode in "TU":
+                value = value.decode("latin-1")
+            elif opcode in _TEXTS:
+                value = self.text(value)
+        elif self.pos + count <= len(self.data):
+            self.pos += count
+        else:
+            if offset + count > self.storage.nbytes:
+                raise self._bad("the end of the data in the middle of a pickle", f"{count} more bytes")
+            self.base, self.pos, self.data = offset + count, 0, b""
+        return Blob(opcode, offset, count, value)
+
     def push_empty(self, value: object) -> None:
         self._charge(40)
         self.stack.append(value)
@@ -324,6 +378,8 @@ class _Machine:
         return self.text(raw, "backslashreplace")
 
     def find(self, module: object, name: object) -> Global:
+        if type(module) is Blob and type(name) is Blob:
+            module, name = module.value, name.value
         if type(module) is not str or type(name) is not str:
             raise self._bad("a global whose name is no text", "a module and a name")
         known = self.names.get((module, name))
@@ -552,10 +608,10 @@ _OPERATIONS: Final[dict[int, Callable[[_Machine], None]]] = {
         b"Q": lambda m: m.persistent_id(m.pop()),
         b"R": _Machine.reduce,
         b"S": _Machine.string_line,
-        b"T": lambda m: m.push(m.old_text(m.blob(m.number("<I", 4)))),
-        b"U": lambda m: m.push(m.old_text(m.blob(m.take(1)[0]))),
+        b"T": lambda m: m.push_text("T", m.number("<I", 4)),
+        b"U": lambda m: m.push_text("U", m.take(1)[0]),
         b"V": _Machine.unicode_line,
-        b"X": lambda m: m.push(m.text(m.blob(m.number("<I", 4)))),
+        b"X": lambda m: m.push_text("X", m.number("<I", 4)),
         b"a": _Machine.append_one,
         b"b": _Machine.build,
         b"c": lambda m: m.push(m.global_lines()),
@@ -589,11 +645,11 @@ _OPERATIONS: Final[dict[int, Callable[[_Machine], None]]] = {
         b"\x89": lambda m: m.push(False),
         b"\x8a": lambda m: m.push(m.long(m.take(1)[0])),
         b"\x8b": lambda m: m.push(m.long(m.number("<i", 4))),
-        b"B": lambda m: m.push(m.blob(m.number("<I", 4))),
-        b"C": lambda m: m.push(m.blob(m.take(1)[0])),
-        b"\x8c": lambda m: m.push(m.text(m.blob(m.take(1)[0]))),
-        b"\x8d": lambda m: m.push(m.text(m.blob(m.number("<Q", 8)))),
-        b"\x8e": lambda m: m.push(m.blob(m.number("<Q", 8))),
+        b"B": lambda m: m.push_bytes("B", m.number("<I", 4)),
+        b"C": lambda m: m.push_bytes("C", m.take(1)[0]),
+        b"\x8c": lambda m: m.push_text("\x8c", m.take(1)[0]),
+        b"\x8d": lambda m: m.push_text("\x8d", m.number("<Q", 8)),
+        b"\x8e": lambda m: m.push_bytes("\x8e", m.number("<Q", 8)),
         b"\x8f": lambda m: m.collection("builtins.set"),
         b"\x90": _Machine.append_from_mark,
         b"\x91": _Machine.frozen_set,
@@ -601,7 +657,7 @@ _OPERATIONS: Final[dict[int, Callable[[_Machine], None]]] = {
         b"\x93": _Machine.stack_global,
         b"\x94": lambda m: m.remember(len(m.memo)),
         b"\x95": lambda m: m.take(8) and None,
-        b"\x96": lambda m: m.push(m.blob(m.number("<Q", 8))),
+        b"\x96": lambda m: m.push_bytes("\x96", m.number("<Q", 8)),
         b"\x97": _Machine.no_buffers,
         b"\x98": _Machine.no_buffers,
     }.items()

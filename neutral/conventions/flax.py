@@ -103,6 +103,8 @@ _UNNAMED_EINSUMS = tuple(
         ("Einsum",),
         (layer("einsum_dense", Row("kernel", "kernel", axes, axes), Row("bias", "bias", raw=True)),),
         applies=lambda config: False,
+        says="equation=EQUATION",
+        vague=True,
     )
     for axes in ("a b", "a b c", "a b c d", "a b c d e")
 )
@@ -124,7 +126,8 @@ def _transposed(kernel: bool) -> tuple[Form, ...]:
             attributes=conv_transpose,
             check=lambda sizes: sizes.get("channel", sizes["out"]) == sizes["out"],
         )
-        forms.append(Form(("ConvTranspose",), (part,), applies=_told("transpose_kernel", kernel)))
+        says = f"transpose_kernel={str(kernel).lower()}"
+        forms.append(Form(("ConvTranspose",), (part,), applies=_told("transpose_kernel", kernel), says=says))
     return tuple(forms)
 
 

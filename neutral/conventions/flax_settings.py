@@ -85,7 +85,9 @@ def conv_transpose(config: Config, sizes: Sizes) -> dict[str, Any]:
     strides, dilation = (_per_axis(config.get(name), rank) for name in ("strides", "kernel_dilation"))
     padding, crops, added = config["padding"], [], []
     for i, (reach, stride) in enumerate(zip(_reach(kernel, dilation), strides, strict=True)):
-        before, after = _dilated_padding(padding, reach, stride) if isinstance(padding, str) else _pairs(padding, rank)[i]
+        before, after = (
+            _dilated_padding(padding, reach, stride) if isinstance(padding, str) else _pairs(padding, rank)[i]
+        )
         crops.append((reach - before, max(reach - after, 0)))
         added.append(max(after - reach, 0))
     return {
@@ -188,9 +190,7 @@ def einsum_forms(cls: str, config: Config) -> tuple[Form, ...]:
     def attributes(config: Config, sizes: Sizes) -> dict[str, Any]:
         return {"equation": equation, "activation": "linear"}
 
-    return (
-        Form(("Einsum",), (layer("einsum_dense", kernels, Row("bias", "bias", raw=True), attributes=attributes),)),
-    )
+    return (Form(("Einsum",), (layer("einsum_dense", kernels, Row("bias", "bias", raw=True), attributes=attributes),)),)
 
 
 def _general(config: Config) -> tuple[Form, ...]:

@@ -146,7 +146,8 @@ class Form:
     """How the native `classes` store their layers.
 
     `applies` looks at the native config where there is one. `levels`: the single part repeats per level of a stack.
-    `guessable`: the form may be recognised from names and shapes where neither class nor hint is known.
+    `guessable`: the form may be recognised from names and shapes where neither class nor hint is known. `says`: the setting
+    to which it applies, as a hint tells it (`transpose_kernel=false`), where no file does. `vague`: nothing but that setting tells what the axes are.
     """
 
     classes: tuple[str, ...]
@@ -154,6 +155,8 @@ class Form:
     levels: bool = False
     guessable: bool = True
     applies: Callable[[Config], bool] = field(default=lambda config: True)
+    says: str = ""
+    vague: bool = False
 
 
 @dataclass(frozen=True)

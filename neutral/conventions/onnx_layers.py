@@ -399,7 +399,7 @@ _FITTING = {
     "PRelu": _prelu,
     **dict.fromkeys(RECURRENT, _recurrent),
 }
-_BIASED = ("Gemm", "MatMul", "Conv", "ConvTranspose", "Einsum")
+_BIASED = ("Gemm", "MatMul", "Conv", "ConvTranspose")
 
 
 def _flat(expression: Expression) -> Expression:
@@ -409,25 +409,38 @@ def _flat(expression: Expression) -> Expression:
 
 def _bias_behind(scope: Scope, node: NodeProto, candidate: _Candidate) -> list[tuple[NodeProto, str]]:
     """The bias that an Add behind the operator adds, if it is one: then it is the layer's, and its uses are told."""
-    adds = scope.only_user(node.outputs[0])
-    if adds is None or adds.op_type != "Add" or adds.domain or len(adds.inputs) != 2:
+    added = _added(scope, node)
+    if added is None:
         return []
-    value = adds.inputs[1] if adds.inputs[0] == node.outputs[0] else adds.inputs[0]
-    bias, weight = scope.floats(value), candidate.expressions["W"]
-    if bias is None or not undoable(bias):
-        return []
+    adds, value, bias = added
+    weight = candidate.expressions["W"]
     out, behind = _made(candidate, weight)
     if not bias.shape or len(bias.shape) <= behind:
         return []
     place = len(bias.shape) - 1 - behind
     if bias.shape[place] != out or any(n != 1 for i, n in enumerate(bias.shape) if i != place):
         return []
-    names = [leaf.name for part in (weight, bias) for leaf in leaves(part)]
-    if not common_stem(names) and any(common_stem([name]) for name in names):
-        return []  # names say that it belongs to something else
+    if _belongs_elsewhere(weight, bias):
+        return []
     candidate.expressions["B"] = _flat(bias)
     candidate.nodes.append(adds)
     return [(adds, value)]
+
+
+def _added(scope: Scope, node: NodeProto) -> tuple[NodeProto, str, Expression] | None:
+    """The one node behind another if it adds a constant: the node, and the constant with its name."""
+    adds = scope.only_user(node.outputs[0])
+    if adds is None or adds.op_type != "Add" or adds.domain or len(adds.inputs) != 2:
+        return None
+    value = adds.inputs[1] if adds.inputs[0] == node.outputs[0] else adds.inputs[0]
+    bias = scope.floats(value)
+    return None if bias is None or not undoable(bias) else (adds, value, bias)
+
+
+def _belongs_elsewhere(weight: Expression, bias: Expression) -> bool:
+    """True if names say that a bias is not of the layer whose weight this is."""
+    stems = [common_stem(leaf.name for leaf in leaves(part)) for part in (weight, bias)]
+    return all(stems) and stems[0] != stems[1]
 
 
 def _made(candidate: _Candidate, weight: Expression) -> tuple[int, int]:
@@ -465,18 +478,40 @@ def _channels_first(expression: Expression, axis: int, channels: int) -> Express
 
 
 def _einsum(scope: Scope, node: NodeProto) -> tuple[_Candidate, list[tuple[NodeProto, str]]] | None:
+    """An Einsum of a value or two and a kernel, in whichever order they are given: the kernel is put last."""
     equation = str(node.attributes.get("equation", "")).replace(" ", "")
     operands, arrow, result = equation.partition("->")
     terms = operands.split(",")
-    constants = [scope.floats(value) for value in node.inputs]
-    if len(node.inputs) != 2 or not arrow or len(terms) != 2 or sum(c is not None for c in constants) != 1:
+    constants = [scope.constant(value) for value in node.inputs]
+    places = [i for i, constant in enumerate(constants) if constant is not None]
+    if not arrow or len(terms) != len(node.inputs) or len(places) != 1 or len(terms) not in (2, 3):
         return None
-    place = 0 if constants[0] is not None else 1
-    kernel = constants[place]
+    (place,) = places
+    kernel = scope.floats(node.inputs[place])
     if kernel is None or not undoable(kernel) or len(terms[place]) != len(kernel.shape):
         return None
-    config = {**_settings(node), "equation": f"{terms[1 - place]},{terms[place]}->{result}"}
-    return _Candidate("Einsum", {"W": kernel}, config, [node]), [(node, node.inputs[place])]
+    others = [term for i, term in enumerate(terms) if i != place]
+    config = {**_settings(node), "equation": f"{','.join(others)},{terms[place]}->{result}"}
+    candidate = _Candidate("Einsum", {"W": kernel}, config, [node])
+    sizes = dict(zip(terms[place], kernel.shape, strict=True))
+    return candidate, [(node, node.inputs[place]), *_einsum_bias(scope, node, candidate, others, result, sizes)]
+
+
+def _einsum_bias(
+    scope: Scope, node: NodeProto, candidate: _Candidate, others: list[str], result: str, sizes: Mapping[str, int]
+) -> list[tuple[NodeProto, str]]:
+    """The bias behind an Einsum, over all the axes that it makes."""
+    made = "".join(letter for letter in result if letter in sizes and not any(letter in term for term in others))
+    added = _added(scope, node)
+    if added is None or not made or not result.endswith(made):
+        return []
+    adds, value, bias = added
+    if bias.shape != tuple(sizes[letter] for letter in made) or _belongs_elsewhere(candidate.expressions["W"], bias):
+        return []
+    candidate.expressions["B"] = bias
+    candidate.config["bias_axes"] = made
+    candidate.nodes.append(adds)
+    return [(adds, value)]
 
 
 def _same_as(candidate: _Candidate) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -62,3 +63,31 @@ def test_what_was_taken_for_granted_can_be_corrected(tmp_path: Path, neutral_: C
     neutral_.ok("export", tmp_path / "bare.pt", tmp_path / "bare.nwt", "--kind", "fc=dense")
     neutral_.ok("export", tmp_path / "bare.nwt", tmp_path / "told.nwt", "--flatten", "fc=3")
     assert "out channel position" in neutral_.ok("show", tmp_path / "told.nwt")
+
+
+def test_settings_in_a_hint(tmp_path: Path, neutral_: Commands) -> None:
+    """What no file says: whether a square kernel of Flax is kept turned around; and a hint for a template's layer."""
+    from flax import serialization
+
+    kernel = np.random.default_rng(1).normal(size=(3, 2, 4, 4)).astype("float32")
+    (tmp_path / "up.msgpack").write_bytes(serialization.to_bytes({"params": {"up": {"kernel": kernel}}}))
+    torch.save({"up.weight": torch.from_numpy(kernel.transpose(2, 3, 0, 1).copy())}, tmp_path / "up.pt")
+    told = "conv_transpose(transpose_kernel="
+    refused = neutral_.refused("convert", tmp_path / "up.msgpack", tmp_path / "x.pt", "--kind", "up=conv_transpose")
+    assert f"--kind 'up={told}false)' or --kind 'up={told}true)'" in refused
+    assert "the setting stride in a hint" in neutral_.refused(
+        "export", tmp_path / "up.msgpack", tmp_path / "x.nwt", "--kind", "up=conv_transpose(stride=2)"
+    )
+    for value, expected in (
+        ("false", kernel[::-1, ::-1].transpose(2, 3, 0, 1)),
+        ("true", kernel.transpose(3, 2, 0, 1)),
+    ):
+        out = tmp_path / f"{value}.pt"
+        neutral_.ok("convert", tmp_path / "up.msgpack", out, "--kind", f"up={told}{value})")
+        assert np.array_equal(torch.load(out)["up.weight"].numpy(), expected)
+
+    into = ("--into", tmp_path / "up.msgpack", "--kind", "up=conv_transpose")
+    assert "--into-kind 'up=" in neutral_.refused("convert", tmp_path / "up.pt", tmp_path / "y.msgpack", *into)
+    neutral_.ok("convert", tmp_path / "up.pt", tmp_path / "y.msgpack", *into, "--into-kind", f"up={told}false)")
+    written = serialization.msgpack_restore((tmp_path / "y.msgpack").read_bytes())["params"]["up"]["kernel"]
+    assert np.array_equal(written, kernel[::-1, ::-1])

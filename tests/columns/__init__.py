@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 
-from tests.zoo import Case, Model
+from tests.zoo import Case, Model, side_by_side
 
 COLUMNS = ("flax_linen", "flax_nnx", "onnx", "paddle", "mlx", "tfjs", "numpy")
 
@@ -20,5 +20,9 @@ def model_of(case: Case, framework: str) -> Model | str:
         return case.models[framework]
     if framework not in COLUMNS:
         return case.absent[framework]
+    if case.parts:
+        models = [model_of(part, framework) for part in case.parts]
+        missing = [model for model in models if isinstance(model, str)]
+        return missing[0] if missing else side_by_side(list(case.parts), [m for m in models if isinstance(m, Model)])
     found: Model | str = importlib.import_module(f"tests.columns.{framework}").column(case)
     return found

@@ -20,9 +20,7 @@ ONE_SLOPE = "PReLU has one slope for all channels"
 ALWAYS_BIAS = "the cells always have biases"
 
 MORE: dict[str, str] = {
-    **{
-        f"{kind}_no_bias": f"{ALWAYS_BIAS}: a model without them has zeros there" for kind in ("rnn", "lstm", "gru")
-    },
+    **{f"{kind}_no_bias": f"{ALWAYS_BIAS}: a model without them has zeros there" for kind in ("rnn", "lstm", "gru")},
 }
 """Cases in which the framework's model has more tensors than the other models: what these would hold is said.
 

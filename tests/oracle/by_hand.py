@@ -20,10 +20,10 @@ STATISTICS = ("mean", "var")
 
 
 class Torch:
-    """The weights of one torch layer."""
+    """The weights of one torch layer, and the sizes of the case's input."""
 
-    def __init__(self, ours: Arrays, path: str, row: Layer, level: int) -> None:
-        self.ours, self.path, self.row, self.level = ours, path, row, level
+    def __init__(self, ours: Arrays, path: str, row: Layer, level: int, sizes: tuple[int, ...]) -> None:
+        self.ours, self.path, self.row, self.level, self.sizes = ours, path, row, level, sizes
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.ours[f"{self.path}.{name}"]
@@ -55,7 +55,7 @@ class Torch:
         found = {}
         for name, weight, bias in zip(("query", "key", "value"), packed, biases, strict=True):
             found[name] = (self[f"{name[0]}_proj_weight"] if weight is None else weight, bias)
-        return found | {"out": (self["out_proj.weight"], self["out_proj.bias"] if "out_proj.bias" in self else None)}
+        return found | {"out": (self["out_proj.weight"], self.vectors(bias="out_proj.bias").get("bias"))}
 
 
 def channels_last(kernel: np.ndarray) -> np.ndarray:
@@ -149,6 +149,13 @@ def flax_recurrent(torch: Torch, row: Layer, gates: Callable[..., Weights]) -> W
     return found
 
 
+def general(torch: Torch, row: Layer) -> Weights:
+    """Torch's columns and rows as several axes each."""
+    taken = [torch.sizes[axis] for axis in row.args["axis"]]
+    made = row.args["features" if row.cls == "DenseGeneral" else "out_features"]
+    return {"kernel": torch.weight.T.reshape(*taken, *made), "bias": torch["bias"].reshape(made)}
+
+
 Local = Callable[[Torch, Layer], Weights]
 FLAX: dict[str, Local] = {
     "Dense": lambda torch, row: {"kernel": torch.weight.T, **bias(torch)},
@@ -166,22 +173,16 @@ FLAX: dict[str, Local] = {
 }
 LINEN: dict[str, Local] = {
     **FLAX,
-    "DenseGeneral": lambda torch, row: general(torch, row.args["features"]),
+    "DenseGeneral": general,
     **dict.fromkeys(("RNN", "Bidirectional"), lambda torch, row: flax_recurrent(torch, row, linen_cell)),
 }
 NNX: dict[str, Local] = {
     **FLAX,
     "Linear": FLAX["Dense"],
-    "LinearGeneral": lambda torch, row: general(torch, row.args["out_features"], row.args["in_features"]),
+    "LinearGeneral": general,
     "MultiHeadAttention": flax_attention,
     **dict.fromkeys(("RNN", "Bidirectional"), lambda torch, row: flax_recurrent(torch, row, nnx_cell)),
 }
-
-
-def general(torch: Torch, features: tuple[int, ...], inputs: tuple[int, ...] = ()) -> Weights:
-    """Torch's rows and columns as several axes each; one input axis stands for the two that the merge case has."""
-    taken = inputs or ((5, 3) if torch.weight.shape[1] == 15 else (4, 4) if torch.weight.shape[1] == 16 else (-1,))
-    return {"kernel": torch.weight.T.reshape(*taken, *features), "bias": torch["bias"].reshape(features)}
 
 
 def mlx_conv(torch: Torch, row: Layer) -> Weights:
@@ -240,6 +241,7 @@ def copied(case: Case, rows: Sequence[Layer], ours: Arrays, framework: str) -> A
     theirs = {path.replace("/", "."): row for path, row in rows_of(case.models["torch"].layers)}
     stacks = case.stacks or {"layer": ("layer_0", "layer_1")}
     level = {name: (path, i) for path, names in stacks.items() for i, name in enumerate(names)}
+    sizes = case.inputs[0].shape
     found: Arrays = {}
     for path, row in column_rows(rows):
         local = TABLES[framework].get(row.cls)
@@ -247,7 +249,7 @@ def copied(case: Case, rows: Sequence[Layer], ours: Arrays, framework: str) -> A
             continue
         dotted = path.replace("/", ".")
         name, depth = (dotted, 0) if dotted in theirs else level[dotted]
-        for short, value in local(Torch(ours, name, theirs[name], depth), row).items():
+        for short, value in local(Torch(ours, name, theirs[name], depth, sizes), row).items():
             full = short[1:] if short.startswith("/") else f"{path}/{short}"
             found[full] = placed(case, name, row, framework, value)
     if case.name == "branches_flattened_concat":

@@ -17,6 +17,10 @@ from tests.zoo import Case, Layer, Model, cases, make_inputs, permute
 Arrays = dict[str, np.ndarray]
 
 
+class Unwritable(Exception):
+    """The framework itself cannot write this format; the message says why."""
+
+
 @dataclass(frozen=True)
 class Side:
     """A framework: how its models are made, filled, run, saved and loaded.
@@ -85,13 +89,19 @@ def handlers(side: Side) -> Mapping[str, Handler]:
             with np.load(weights) as given:
                 made = side.fill(made, {name: given[name] for name in given.files})
         wanted = formats if formats is not None else side.formats[:1]
-        files = {kind: str(side.save(made, Path(folder), kind)) for kind in wanted}
+        files: dict[str, str] = {}
+        missing: dict[str, str] = {}
+        for kind in wanted:
+            try:
+                files[kind] = str(side.save(made, Path(folder), kind))
+            except Unwritable as reason:
+                missing[kind] = str(reason)
         inputs = make_inputs(it, seed, dtype)
         arrays = {f"input{i}": array for i, array in enumerate(inputs)}
         arrays |= {f"weights/{name}": array for name, array in side.tensors(made).items()}
         path = Path(folder) / f"{side.name}.npz"
         np.savez(path, output=run(side, it, made, inputs), **arrays)
-        return {"files": files, "missing": {}, "arrays": str(path), "inputs": len(inputs)}
+        return {"files": files, "missing": missing, "arrays": str(path), "inputs": len(inputs)}
 
     def forward(case: str, file: str, arrays: str, equal: bool, dtype: str) -> dict[str, Any]:
         it = cases(equal)[case]

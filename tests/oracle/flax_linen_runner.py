@@ -19,7 +19,7 @@ from flax.training.train_state import TrainState
 
 from tests.columns.flax_linen import FORMATS
 from tests.oracle.column_runner import Arrays, Side, apply, handlers
-from tests.oracle.jax_operations import OPERATIONS, in_precision
+from tests.oracle.jax_operations import OPERATIONS, from_content, in_precision
 from tests.oracle.process import serve
 from tests.zoo import Case, Layer, Model
 
@@ -36,6 +36,7 @@ class Net(nn.Module):
     """The rows of a column, each layer under its own name."""
 
     rows: tuple[Layer, ...]
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, *inputs: Any) -> Any:
@@ -46,16 +47,16 @@ class Net(nn.Module):
                 return made[row.cls](*arguments)
             if operation := OPERATIONS.get(row.cls):
                 return operation(*arguments, **row.args)
-            made[row.name] = layer(row)
+            made[row.name] = layer(row, self.dtype)
             return made[row.name](*arguments)
 
         return apply(self.rows, inputs, step)
 
 
-def layer(row: Layer, **more: Any) -> nn.Module:
+def layer(row: Layer, dtype: str, **more: Any) -> nn.Module:
     """Call inside a module. A layer inside another belongs to it, unless it has the same name: then to the module."""
     if row.cls == "Container":
-        return Net(row.inside, name=row.name)
+        return Net(row.inside, dtype, name=row.name)
     if "parent" not in more and row.cls != "WeightNorm":
         more["name"] = row.name
     args = {name: RENAMED[name][value] if name in RENAMED else value for name, value in row.args.items()}
@@ -64,8 +65,11 @@ def layer(row: Layer, **more: Any) -> nn.Module:
         if one.name == row.name and "name" in more:
             del more["name"]
         shared = one.name == row.name
-        inside.append(layer(one) if shared else layer(one, parent=None))
-    built: nn.Module = getattr(nn, row.cls)(*inside, **args, **INFERENCE.get(row.cls, {}), **more)
+        inside.append(layer(one, dtype) if shared else layer(one, dtype, parent=None))
+    cls = getattr(nn, row.cls)
+    if "param_dtype" in cls.__dataclass_fields__:
+        more["param_dtype"] = dtype
+    built: nn.Module = cls(*inside, **args, **INFERENCE.get(row.cls, {}), **more)
     return built
 
 
@@ -79,13 +83,14 @@ class Made:
 
 
 def make(case: Case, model: Model, dtype: str) -> Made:
-    module = Net(model.layers)
+    module = Net(model.layers, dtype)
     inputs = []
     for one, axes in zip(case.inputs, model.inputs, strict=True):
         sizes = dict(zip(one.axes, one.shape, strict=True))
         shape = tuple(sizes[letter] for letter in axes)
-        inputs.append(jax.ShapeDtypeStruct(shape, "int32" if one.below else "float32"))
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+        inputs.append(jax.ShapeDtypeStruct(shape, "int32" if one.below else dtype))
+    with in_precision(dtype):
+        shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
     return Made(jax.jit(module.apply), jax.tree.map(lambda one: np.zeros(one.shape, dtype), shapes), dtype)
 
 
@@ -145,7 +150,10 @@ def save_manager(made: Made, path: Path) -> None:
 
 SAVE: dict[str, tuple[str, Callable[[Made, Path], Any]]] = {
     "msgpack": ("model.msgpack", lambda made, path: path.write_bytes(serialization.to_bytes(made.variables))),
-    "train_state": ("train_state.msgpack", lambda made, path: path.write_bytes(serialization.to_bytes(train_state(made)))),
+    "train_state": (
+        "train_state.msgpack",
+        lambda made, path: path.write_bytes(serialization.to_bytes(train_state(made))),
+    ),
     "orbax": ("orbax", save_orbax),
     "orbax_zarr": ("orbax_zarr", save_zarr),
     "orbax_manager": ("orbax_manager", save_manager),
@@ -169,7 +177,9 @@ def load(made: Made, file: Path) -> Made:
     assert jax.tree.structure(found) == jax.tree.structure(made.variables)
     for (path, one), like in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(made.variables), strict=True):
         place = jax.tree_util.keystr(path)
-        assert one.shape == like.shape and one.dtype == like.dtype, f"{place}: {one.shape} {one.dtype}, not {like.shape}"
+        assert one.shape == like.shape and one.dtype == like.dtype, (
+            f"{place}: {one.shape} {one.dtype}, not {like.shape}"
+        )
     return replace(made, variables=found)
 
 
@@ -182,15 +192,14 @@ def load_file(made: Made, file: Path) -> Variables:
                 names = dict(zip(flat, traverse_util.flatten_dict(made.variables), strict=True))
                 return traverse_util.unflatten_dict({names[name]: value for name, value in found.items()})
         raise ValueError(f"{sorted(found)} are not the names of {sorted(flat)}")
-    data = file.read_bytes()
-    content = serialization.msgpack_restore(data)
+    content = serialization.msgpack_restore(file.read_bytes())
     if "opt_state" in content:
-        state = serialization.from_bytes(train_state(made), data)
+        state = from_content(train_state(made), content)
         more = {"batch_stats": state.batch_stats} if "batch_stats" in made.variables else {}
         return {"params": state.params, **more}
     if set(made.variables) == {"params"} and "params" not in content:
-        return {"params": serialization.from_bytes(made.variables["params"], data)}
-    restored: Variables = serialization.from_bytes(made.variables, data)
+        return {"params": from_content(made.variables["params"], content)}
+    restored: Variables = from_content(made.variables, content)
     return restored
 
 

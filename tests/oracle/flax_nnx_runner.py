@@ -17,7 +17,7 @@ from flax import nnx, serialization, traverse_util
 
 from tests.columns.flax_nnx import CELLS, FORMATS
 from tests.oracle.column_runner import Arrays, Side, apply, handlers
-from tests.oracle.jax_operations import OPERATIONS, in_precision
+from tests.oracle.jax_operations import OPERATIONS, from_content, in_precision
 from tests.oracle.process import serve
 from tests.zoo import Case, Layer, Model
 
@@ -80,6 +80,8 @@ def make(case: Case, model: Model, dtype: str) -> Made:
         net = nnx.eval_shape(lambda: Net(model.layers, dtype, nnx.Rngs(0)))
     net.eval()
     graph, streams, state = nnx.split(net, nnx.RngState, ...)
+    # Running statistics are made in single precision whatever the layer's is.
+    state = jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape, dtype), state)
 
     def call(state: nnx.State, *inputs: Any) -> Any:
         # No output depends on the streams in inference, but they must be there.
@@ -174,7 +176,7 @@ def load_file(made: Made, file: Path) -> Made:
         names = {joined(path): path for path in flat(made.state)}
         assert set(names) == set(found), f"{sorted(found)} are not the names of {sorted(names)}"
         return with_pure(made, traverse_util.unflatten_dict({names[name]: value for name, value in found.items()}))
-    return with_pure(made, serialization.from_bytes(pure, file.read_bytes()))
+    return with_pure(made, from_content(pure, serialization.msgpack_restore(file.read_bytes())))
 
 
 def load_folder(made: Made, folder: Path) -> Made:

@@ -1,4 +1,4 @@
-"""The operations of derived columns in JAX, for both kinds of Flax."""
+"""What both kinds of Flax share: the operations of derived columns in JAX, precision, and what a msgpack file holds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import serialization, traverse_util
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "relu": nn.relu,
@@ -30,3 +31,12 @@ def in_precision(dtype: str) -> AbstractContextManager[Any]:
     return context
 
 
+def from_content(target: Any, content: Any) -> Any:
+    """`serialization.from_bytes` drops what a file has too much; here that is an error as well."""
+    ours, theirs = (
+        set(traverse_util.flatten_dict(tree, keep_empty_nodes=True))
+        for tree in (serialization.to_state_dict(target), content)
+    )
+    if ours != theirs:
+        raise ValueError(f"the file's names differ from the model's: {sorted(map(str, ours ^ theirs))}")
+    return serialization.from_state_dict(target, content)

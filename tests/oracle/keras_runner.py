@@ -68,13 +68,16 @@ def make(case: Case, model: Model) -> Any:
         return built
     layers: dict[str, Any] = {}
     values: dict[str, Any] = {f"x{i}": value for i, value in enumerate(inputs)}
-    value = inputs[0]
+    value, ends = inputs[0], dict(values)
     for row in model.layers:
         layers[row.name] = layers[row.cls] if row.cls in layers else make_layer(row)
         arguments = [values[source] for source in row.of] or [value]
+        ends = {name: end for name, end in ends.items() if all(end is not one for one in arguments)}
         merged = row.cls in ("Concatenate", "Add")
         value = values[row.name] = layers[row.name](arguments) if merged else layers[row.name](*arguments)
-    return keras.Model(inputs if len(inputs) > 1 else inputs[0], value, name="zoo")
+        ends[row.name] = value
+    outputs = list(ends.values())
+    return keras.Model(inputs if len(inputs) > 1 else inputs[0], outputs if len(outputs) > 1 else value, name="zoo")
 
 
 def names(model: Any) -> list[str]:
@@ -120,8 +123,8 @@ def for_cpu(case: Case, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def run(model: Any, case: Case, arrays: Sequence[np.ndarray]) -> np.ndarray:
     given = arranged(case, arrays)
     call = for_cpu(case, lambda x: model(x, training=False))
-    output = keras.ops.convert_to_numpy(call(given if len(given) > 1 else given[0]))
-    return permute(output, case.models["keras"].output, case.output)
+    outputs = keras.tree.flatten(call(given if len(given) > 1 else given[0]))
+    return permute(keras.ops.convert_to_numpy(outputs[-1]), case.models["keras"].output, case.output)
 
 
 def describe(model: Any, case: Case, seed: int, folder: str, dtype: str) -> dict[str, Any]:

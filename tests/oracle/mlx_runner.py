@@ -13,7 +13,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from tests.columns.mlx import FORMATS
-from tests.oracle.column_runner import Arrays, Side, apply, handlers
+from tests.oracle.column_runner import Arrays, Side, Unwritable, apply, handlers
 from tests.oracle.process import serve
 from tests.zoo import Case, Layer, Model
 
@@ -51,7 +51,9 @@ class Net(nn.Module):
         def step(row: Layer, arguments: list[mx.array]) -> mx.array:
             if operation := OPERATIONS.get(row.cls):
                 return operation(*arguments, **row.args)
-            found = self[row.cls] if row.cls in self else self[row.name] if row.name in self else getattr(self, row.name)
+            found = (
+                self[row.cls] if row.cls in self else self[row.name] if row.name in self else getattr(self, row.name)
+            )
             if isinstance(found, list):
                 (value,) = arguments
                 for one in found:
@@ -90,15 +92,19 @@ def tensors(made: Made) -> Arrays:
 
 
 def fill(made: Made, values: Arrays) -> Made:
-    made.net.load_weights([(name, mx.array(value)) for name, value in values.items()], strict=True)
+    made.net.load_weights(
+        [(name, mx.array(value, getattr(mx, made.dtype))) for name, value in values.items()], strict=True
+    )
     return made
 
 
 def run(made: Made, inputs: Sequence[np.ndarray]) -> np.ndarray:
-    return np.array(made.net(*(mx.array(one) for one in inputs)))
+    return np.array(made.net(*(mx.array(one, getattr(mx, str(one.dtype))) for one in inputs)))
 
 
 def save(made: Made, folder: Path, kind: str) -> Path:
+    if kind == "safetensors" and made.dtype == "float64":
+        raise Unwritable("MLX writes no float64 into safetensors")
     path = folder / FILES[kind]
     made.net.save_weights(str(path))
     return path

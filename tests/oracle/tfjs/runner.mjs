@@ -51,12 +51,15 @@ function graph(rows, inputs) {
   const values = Object.fromEntries(inputs.map((one, i) => [`x${i}`, one]));
   const layers = {};
   let value = inputs[0];
+  let ends = [];
   for (const row of rows) {
     const given = row.of.length > 0 ? row.of.map((name) => values[name]) : [value];
+    ends = ends.filter((end) => !given.includes(end));
     layers[row.name] = layers[row.cls] ?? layer(row, given[0].shape.slice(1));
     value = values[row.name] = layers[row.name].apply(given.length > 1 ? given : given[0]);
+    ends.push(value);
   }
-  return tf.model({inputs, outputs: value, name: 'zoo'});
+  return tf.model({inputs, outputs: ends, name: 'zoo'});
 }
 
 function weights() {
@@ -130,7 +133,9 @@ const commands = {
 
   predict({inputs, file}) {
     const given = inputs.map((one) => tf.tensor(read(one.file, one.dtype), one.shape, one.dtype));
-    const output = model.predict(given.length > 1 ? given : given[0]);
+    // Cases side by side have batches of their own sizes, which predict would refuse.
+    const outputs = model.apply(given.length > 1 ? given : given[0]);
+    const output = Array.isArray(outputs) ? outputs[outputs.length - 1] : outputs;
     write(file, output.dataSync());
     return {shape: output.shape};
   },
