@@ -27,12 +27,17 @@ class Inexpressible(Exception):
 
 @dataclass(frozen=True)
 class Flow:
-    """A value of the ONNX model: axis i is axis `order[i]` of the graph's `value`. `sizes` are in the model's order."""
+    """A value of the ONNX model: axis i is axis `order[i]` of the graph's `value`. `sizes` are in the model's order.
+
+    `channels`, if not 0: a vector that is an image of so many channels, joined in the order (position channel), as models
+    have it that were converted from TensorFlow; the graph's value is joined in the order (channel position).
+    """
 
     value: str
     sizes: Sizes
     dtype: str
     order: tuple[int, ...]
+    channels: int = 0
 
     @property
     def rank(self) -> int:
@@ -43,12 +48,23 @@ class Flow:
         return self.order != tuple(range(self.rank))
 
 
+@dataclass(frozen=True)
+class Lifted:
+    """Values along a new axis in front of the batch, as recurrent operators want their first states."""
+
+    parts: tuple[Flow, ...]
+
+    def settled(self, b: Builder) -> Flow:
+        raise Inexpressible("an axis in front of the first one")
+
+
 class Builder:
     """The nodes so far. `flows` maps the names of the model's values to what they are in the graph."""
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
-        self.nodes: list[Node] = []
+        self.nodes: list[Any] = []
+        """Nodes, and recurrent ones that wait for what becomes of their outputs."""
         self.flows: dict[str, Any] = {}
         self.sizes: dict[str, Sizes] = {}
         self.dtypes: dict[str, str] = {}
@@ -57,6 +73,7 @@ class Builder:
         self._images: set[str] = set()
         self._taken: set[str] = set()
         self._names: set[str] = set()
+        self.given_out: set[str] = set()
         self._turned: dict[tuple[str, tuple[int, ...]], str] = {}
         self._numbers: dict[tuple[str, str], str] = {}
 
@@ -89,8 +106,12 @@ class Builder:
         return flow
 
     def take(self, name: str) -> Flow:
-        """A value with its axes in the model's order."""
-        flow = self.flow(name)
+        """A value with its axes, and the elements of a vector, in the model's order."""
+        return self.plain(self.flow(name))
+
+    def plain(self, flow: Flow) -> Flow:
+        if flow.channels:
+            return self._regrouped(flow, flow.channels, True)
         if not flow.turned:
             return flow
         key = (flow.value, flow.order)
@@ -99,6 +120,30 @@ class Builder:
             self.emit("Transpose", [flow.value], [made], {"perm": flow.order})
             self._turned[key] = made
         return Flow(self._turned[key], flow.sizes, flow.dtype, tuple(range(flow.rank)))
+
+    def joined(self, flow: Flow, channels: int) -> Flow:
+        """A vector whose elements lie in the graph in the order (channel position) of so many channels, or, for 0, in the
+        model's order."""
+        if flow.channels == channels:
+            return flow
+        flow = self.plain(flow)
+        return self._regrouped(flow, channels, False) if channels else flow
+
+    def _regrouped(self, flow: Flow, channels: int, back: bool) -> Flow:
+        """The elements of a vector in the other order of channels and positions."""
+        size = flow.sizes[1]
+        if size is None or size % channels:
+            raise Inexpressible(f"a vector of {size} elements of {channels} channels")
+        key = (flow.value, (channels, int(back)))
+        if key not in self._turned:
+            grid = (channels, size // channels) if back else (size // channels, channels)
+            names = [self.describe(f"{flow.value}.{part}", (flow.sizes[0], *sizes), flow.dtype) for part, sizes in
+                     (("grid", grid), ("turn", grid[::-1]), ("vector", (size,)))]  # fmt: skip
+            self.emit("Reshape", [flow.value], [names[0]], {"shape": grid})
+            self.emit("Transpose", [names[0]], [names[1]], {"perm": (0, 2, 1)})
+            self.emit("Reshape", [names[1]], [names[2]], {"shape": (size,)})
+            self._turned[key] = names[2]
+        return Flow(self._turned[key], flow.sizes, flow.dtype, (0, 1), 0 if back else channels)
 
     def turned_to(self, flow: Flow, order: Sequence[int]) -> Flow:
         """A flow with its axes permuted, which costs nothing."""
@@ -113,13 +158,8 @@ class Builder:
         outputs: Sequence[str],
         attributes: Mapping[str, Attribute] | None = None,
         layer: str | None = None,
-        name: str | None = None,
     ) -> None:
-        wanted = name if name is not None else layer if layer is not None else outputs[0]
-        unique, count = wanted or "node", 1
-        while unique in self._names:
-            unique, count = f"{wanted}#{count}", count + 1
-        self._names.add(unique)
+        unique = self.node_name(layer if layer is not None else outputs[0])
         self.nodes.append(
             Node(
                 name=unique,
@@ -130,6 +170,14 @@ class Builder:
                 attributes=dict(attributes or {}),
             )
         )
+
+    def node_name(self, wanted: str) -> str:
+        """A name that no node has yet."""
+        unique, count = wanted or "node", 1
+        while unique in self._names:
+            unique, count = f"{wanted}#{count}", count + 1
+        self._names.add(unique)
+        return unique
 
     def make(
         self,
@@ -240,12 +288,13 @@ class Builder:
 
     # The end.
 
-    def graph(self, inputs: Sequence[str], outputs: Sequence[str]) -> Graph:
+    def finished(self, inputs: Sequence[str], outputs: Sequence[str]) -> Graph:
+        nodes = [node for one in self.nodes for node in ([one] if isinstance(one, Node) else list(one.nodes()))]
         values = {
             name: Value(axes=self.axes(name), shape=sizes, dtype=self.dtypes[name])
             for name, sizes in self.sizes.items()
         }
-        return Graph(inputs=tuple(inputs), outputs=tuple(outputs), values=values, nodes=tuple(self.nodes))
+        return Graph(inputs=tuple(inputs), outputs=tuple(outputs), values=values, nodes=tuple(nodes))
 
 
 def dtype_name(code: int) -> str:

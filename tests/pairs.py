@@ -32,7 +32,7 @@ from neutral.errors import NeutralError, Problem
 from tests import columns
 from tests.measure import CLOSE, KINDS, flatten_hints, layers_of, unwritable
 from tests.oracle.process import Built, OracleError, Worker, difference
-from tests.zoo import Case, cases
+from tests.zoo import Case, Layer, cases
 
 COLUMNS = ("torch", "keras", "tensorflow", "flax_linen", "flax_nnx", "onnx", "paddle", "mlx", "tfjs", "numpy")
 TITLES = {
@@ -215,9 +215,17 @@ KIND_OF = {**KINDS, "RNN": "simple_rnn", "DenseGeneral": "dense"}
 
 def kind_hints(case: Case, column: str) -> dict[str, str]:
     """The kinds of a case's layers by path, as its torch or Keras rows tell them."""
-    like = case.models.get("torch" if column not in ("keras", "tensorflow", "tfjs") else "keras")
+    as_keras = column in ("keras", "tensorflow", "tfjs") or (
+        column not in ("torch", "paddle") and stacked_paths(case, column)
+    )
+    like = case.models.get("keras" if as_keras else "torch")
     rows = like or next(iter(case.models.values()))
-    return {path: KIND_OF[row.cls] for path, row in layers_of(rows.layers) if row.cls in KIND_OF}
+    return {path: kind_of(row) for path, row in layers_of(rows.layers) if row.cls in KIND_OF}
+
+
+def kind_of(row: Layer) -> str:
+    """Keras has instance norms as group norms of one channel a group."""
+    return "instance_norm" if row.args.get("groups") == -1 else KIND_OF[row.cls]
 
 
 def stacked_paths(case: Case, column: str) -> list[str]:

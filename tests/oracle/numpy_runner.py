@@ -83,8 +83,36 @@ def forward(case: str, file: str, arrays: str, equal: bool, dtype: str) -> dict[
         inputs = [given[f"input{i}"] for i in range(len(given.files))]
     with np.load(file) as archive:
         weights = {name: archive[name] for name in archive.files}
+    weights = arranged(plain(weights), shapes_of(described(it)))
     np.savez(arrays, output=run(it, weights, inputs, dtype))
     return {}
+
+
+def plain(weights: Arrays) -> Arrays:
+    """Without counters, and each reparametrized kernel multiplied out: g v / |v|, or w / (u w v)."""
+    found: Arrays = {}
+    for name, array in weights.items():
+        path, _, role = name.rpartition("/")
+        if role == "kernel_direction":
+            g = weights[f"{path}/kernel_magnitude"]
+            axes = tuple(i for i in range(array.ndim) if g.ndim == 0 or g.shape[i] == 1)
+            found[f"{path}/kernel"] = g * array / np.sqrt((array * array).sum(axes, keepdims=True))
+        elif role == "kernel_raw":
+            u, v = weights[f"{path}/kernel_u"], weights[f"{path}/kernel_v"]
+            found[f"{path}/kernel"] = array / (u @ array.reshape(len(u), -1) @ v)
+        elif role not in ("num_batches_tracked", "kernel_magnitude", "kernel_u", "kernel_v"):
+            found[name] = array
+    return found
+
+
+def arranged(weights: Arrays, wanted: dict[str, tuple[int, ...]]) -> Arrays:
+    """Under the names of this model: the layers of a stack have others in other frameworks, in the same order."""
+    paths = [list(dict.fromkeys(name.rpartition("/")[0] for name in names)) for names in (weights, wanted)]
+    if len(paths[0]) != len(paths[1]):
+        return weights
+    names = dict(zip(*paths, strict=True))
+    renamed = {f"{names[n.rpartition('/')[0]]}/{n.rpartition('/')[2]}": array for n, array in weights.items()}
+    return {name: renamed[name] for name in wanted} if renamed.keys() == wanted.keys() else weights
 
 
 def unseen(case: str, seed: int, equal: bool) -> dict[str, Any]:
