@@ -132,7 +132,7 @@ BUILT_IN: tuple[Framework, ...] = (
             Format(
                 "layers-model",
                 "model.json and its shards (TensorFlow.js layers model)",
-                (".tfjs", ".json"),
+                (".tfjs",),
                 whole=True,
                 folder=True,
                 bare=True,
