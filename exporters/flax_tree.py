@@ -134,9 +134,10 @@ def _sets(node: Node, place: Path, depth: int) -> Iterator[_Found]:
             yield from inner
             return
     averages = [name for name in plausible if depth == 0 and _AVERAGE.search(name)]
-    if averages and len(plausible) > len(averages):
-        for name in plausible:
-            yield _Found((*place, name))
+    if averages:
+        statistics = (*place, STATISTICS) if STATISTICS in plausible else None
+        for name in [name for name in plausible if name != STATISTICS]:
+            yield _Found((*place, name), statistics)
     elif plausible or any(not isinstance(child, dict) for child in node.values()):
         yield _Found(place)
 
