@@ -87,7 +87,9 @@ def _sliced(found: Numbers | None, rest: list[Numbers | None]) -> Numbers | None
     if found is None or len(rest) < 2 or any(part is None or len(part) != 1 or part[0] is None for part in rest):
         return None
     given = [part[0] for part in rest if part is not None]
-    start, end, axis, step = [*given, *(0, 1)[len(given) - 2 :]]
+    start, end = given[:2]
+    axis = given[2] if len(given) > 2 else 0
+    step = given[3] if len(given) > 3 else 1
     return found[start:end] if axis in (0, -1) and step == 1 else None
 
 

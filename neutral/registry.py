@@ -43,6 +43,7 @@ BUILT_IN: tuple[Framework, ...] = (
         files=(
             Format("keras", ".keras", (".keras",), whole=True),
             Format("weights.h5", ".weights.h5 (Keras 2 and 3)", (".weights.h5",)),
+            Format("weights.json", ".weights.json and its shards (Keras 3)", (".weights.json",), new=False),
             Format("h5", ".h5 (whole model, Keras 1 to 3)", (".h5", ".hdf5"), whole=True),
             Format("keras-folder", ".keras unzipped", (), new=False, whole=True, folder=True),
         ),

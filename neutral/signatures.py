@@ -170,10 +170,20 @@ def torch(probe: Probe) -> str | None:
 def keras(probe: Probe) -> str | None:
     if probe.container == "hdf5":
         return "weights.h5" if suffix_of(probe.path) == ".weights.h5" else "h5"
+    if _maps_to_hdf5(probe.json.get("weight_map")):
+        return "weights.json"
     weights = ("model.weights.h5", "model.weights.npz")
     if "config.json" in probe.members and any(name in probe.members for name in weights):
         return "keras"
     return "keras-folder" if probe.has("config.json", "model.weights.h5") else None
+
+
+def _maps_to_hdf5(weight_map: object) -> bool:
+    """True for the map of sharded weights: groups of variables and the HDF5 files, one or several, that hold them."""
+    if not isinstance(weight_map, dict):
+        return False
+    shards = [shard for told in weight_map.values() for shard in (told if isinstance(told, list) else [told])]
+    return bool(shards) and all(isinstance(shard, str) and shard.endswith(".h5") for shard in shards)
 
 
 def tensorflow(probe: Probe) -> str | None:
