@@ -30,7 +30,9 @@ def nodes() -> dict[str, Any]:
     """ONNX's cases of one node, by name."""
     from onnx.backend.test.case.node import collect_testcases
 
-    return {case.name.removeprefix("test_"): case for case in collect_testcases(None) if len(case.model.graph.node) == 1}
+    return {
+        case.name.removeprefix("test_"): case for case in collect_testcases(None) if len(case.model.graph.node) == 1
+    }
 
 
 def model_of(case: Any, path: Path) -> tuple[Array, Array]:
@@ -77,7 +79,10 @@ def conv(x: Array, w: Weights, a: Any) -> Array:
     pairs = a["padding"]
     if pairs in ("same", "same_lower"):
         sizes, k = x.shape[2:], w["kernel"].shape[2:]
-        totals = [max((-(-n // s) - 1) * s + d * (m - 1) + 1 - n, 0) for n, m, s, d in zip(sizes, k, a["strides"], a["dilation"], strict=True)]
+        totals = [
+            max((-(-n // s) - 1) * s + d * (m - 1) + 1 - n, 0)
+            for n, m, s, d in zip(sizes, k, a["strides"], a["dilation"], strict=True)
+        ]
         pairs = [(total // 2, total - total // 2)[:: 1 if pairs == "same" else -1] for total in totals]
     x = np.pad(x, [(0, 0), (0, 0), *pairs])
     function = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[x.ndim - 2]
@@ -87,7 +92,9 @@ def conv(x: Array, w: Weights, a: Any) -> Array:
 
 def conv_transpose(x: Array, w: Weights, a: Any) -> Array:
     function = {1: torch.conv_transpose1d, 2: torch.conv_transpose2d, 3: torch.conv_transpose3d}[x.ndim - 2]
-    full = function(torch.tensor(x), torch.tensor(w["kernel"]), None, a["strides"], 0, 0, a["groups"], a["dilation"]).numpy()
+    full = function(
+        torch.tensor(x), torch.tensor(w["kernel"]), None, a["strides"], 0, 0, a["groups"], a["dilation"]
+    ).numpy()
     cut = tuple(slice(b, n - e) for (b, e), n in zip(a["padding"], full.shape[2:], strict=True))
     made = np.pad(full[(..., *cut)], [(0, 0), (0, 0), *((0, extra) for extra in a["output_padding"])])
     return made + spread(w.get("bias", np.zeros(1, x.dtype)), x.ndim)
