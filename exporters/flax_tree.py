@@ -14,7 +14,7 @@ A tree may hold several sets (the raw weights and their moving average, two netw
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -63,8 +63,13 @@ class _Found:
     statistics: Path | None = None
 
 
-def choose(leaves: Mapping[Path, Tensor], key: str | None, where: str) -> WeightSet:
-    """The one set of weights in a tree, or the one that `key` (keys joined by dots) names; all else beside it."""
+def choose(
+    leaves: Mapping[Path, Tensor], key: str | None, where: str, identities: Mapping[Path, Hashable] | None = None
+) -> WeightSet:
+    """The one set of weights in a tree, or the one that `key` (keys joined by dots) names; all else beside it.
+
+    `identities` are equal for leaves that are one array.
+    """
     deep = next((path for path in leaves if len(path) > _DEEPEST), None)
     if deep is not None:
         raise BadFile(
@@ -88,7 +93,7 @@ def choose(leaves: Mapping[Path, Tensor], key: str | None, where: str) -> Weight
         )
     else:
         chosen = found[0]
-    return _weight_set(leaves, chosen, found, where)
+    return _weight_set(leaves, chosen, found, where, identities or {})
 
 
 def _nested(leaves: Mapping[Path, Tensor]) -> Node:
@@ -108,7 +113,7 @@ def _nested(leaves: Mapping[Path, Tensor]) -> Node:
 
 def _sets(node: Node, place: Path, depth: int) -> Iterator[_Found]:
     """Every set of weights at or below a node."""
-    params = node.get(PARAMS)
+    params = node.get(PARAMS, {} if isinstance(node.get(STATISTICS), dict) else None)
     if isinstance(params, dict):
         yield from _variables(node, params, place, depth)
         return
@@ -133,7 +138,7 @@ def _sets(node: Node, place: Path, depth: int) -> Iterator[_Found]:
 
 
 def _has_variables(node: Node, depth: int) -> bool:
-    if isinstance(node.get(PARAMS), dict):
+    if isinstance(node.get(PARAMS), dict) or isinstance(node.get(STATISTICS), dict):
         return True
     return depth < _DEEP and any(_has_variables(child, depth + 1) for child in node.values() if isinstance(child, dict))
 
@@ -158,7 +163,8 @@ def _variables(node: Node, params: Node, place: Path, depth: int) -> Iterator[_F
 
 def _below(root: Node, key: str) -> _Found | None:
     """What lies under keys joined by dots; a key may itself have dots in it."""
-    node, place, rest = root, (), key
+    node, rest = root, key
+    place: tuple[str, ...] = ()
     while rest:
         names = [n for n, child in node.items() if isinstance(child, dict) and (rest == n or rest.startswith(n + "."))]
         if not names:
@@ -169,7 +175,13 @@ def _below(root: Node, key: str) -> _Found | None:
     return inner[0] if len(inner) == 1 else _Found(place)
 
 
-def _weight_set(leaves: Mapping[Path, Tensor], chosen: _Found, found: list[_Found], where: str) -> WeightSet:
+def _weight_set(
+    leaves: Mapping[Path, Tensor],
+    chosen: _Found,
+    found: list[_Found],
+    where: str,
+    identities: Mapping[Path, Hashable],
+) -> WeightSet:
     weights: dict[Path, NativeTensor] = {}
     rest: dict[str, list[NativeTensor]] = {}
     problems = []
@@ -184,7 +196,7 @@ def _weight_set(leaves: Mapping[Path, Tensor], chosen: _Found, found: list[_Foun
                 Problem(f"{where}: {_place_name(path)}", "a name among parameters and statistics", "each once")
             )
         else:
-            weights[relative] = NativeTensor(full_name(path), data)
+            weights[relative] = NativeTensor(full_name(path), data, identities.get(path))
     raise_all(Refused, problems)
     if not weights:
         raise BadFile(Problem(where, "no array that is a weight", "at least one", "is this a file of weights?"))
@@ -216,12 +228,32 @@ def layers(weights: Mapping[Path, NativeTensor]) -> tuple[NativeLayer, ...]:
     """The layers of a set of weights, in the order of their first tensors; recurrent cells and attentions in one piece."""
     tree = _Tree.of(weights)
     made: dict[str, dict[str, NativeTensor]] = {}
-    for path, tensor in weights.items():
+    for name, tensor in weights.items():
+        path = _normalised(name, tree)
         at = tree.layer_of(path)
         local = "/".join(path[at:])
         state = tensor.state or "rngs" in path[:-1]
         made.setdefault(".".join(path[:at]), {})[local] = NativeTensor(tensor.name, tensor.data, tensor.identity, state)
     return tuple(NativeLayer(path, None, tensors) for path, tensors in made.items())
+
+
+_OF_A_KERNEL: Final = re.compile(r"(.+)/kernel/scale")
+
+
+def _normalised(path: Path, tree: _Tree) -> Path:
+    """A leaf's path, that of a WeightNorm's scale beside the kernel that it scales.
+
+    Linen keeps it under a WeightNorm's own name, in a key that has the path of the kernel in it.
+    """
+    found = _OF_A_KERNEL.fullmatch(path[-1])
+    if found is None:
+        return path
+    inner = tuple(found[1].split("/"))
+    for above in (path[:-2], path[:-1]):
+        layer = (*above, *inner)
+        if "kernel" in tree.below.get(layer, ()):
+            return (*layer, "WeightNorm", "scale")
+    return path
 
 
 @dataclass(frozen=True)
@@ -242,6 +274,8 @@ class _Tree:
 
     def layer_of(self, path: Path) -> int:
         """How many keys of a leaf's path are those of its layer."""
+        if path[-2:] == ("WeightNorm", "scale"):
+            return len(path) - 2
         for at in range(len(path) - 1):
             node, name = path[:at], path[at]
             if name == "rngs":

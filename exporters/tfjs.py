@@ -46,6 +46,8 @@ def read(source: Path, *, key: str | None = None) -> NativeModel:
 
 def _model(opened: TfjsModel) -> NativeModel:
     where = str(opened.path)
+    if not opened.weights:
+        raise BadFile(Problem(where, "no weight", "at least one", "is this a model with its weights?"))
     try:
         entry = model_of(opened.document["modelTopology"])
         topology = as_keras2(entry, {name: weight.data.shape for name, weight in opened.weights.items()})

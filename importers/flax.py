@@ -10,21 +10,26 @@ A new file has the variables of Linen, {"params": …, "batch_stats": …}; one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
 
 from neutral.containers.files import new_file, refuse_same
 from neutral.containers.pytree import (
     replace_msgpack,
     replace_orbax,
+    split_key,
     write_msgpack,
     write_orbax,
 )
 from neutral.containers.safetensors import misfits, open_safetensors, replace_tensors, usual_order, write
 from neutral.containers.tree import Path as Place
 from neutral.conventions.flax import PARAMS, SEPARATORS, STATISTICS, separator_of
-from neutral.errors import Problem, Refused, Unsupported, printable, raise_all
+from neutral.conventions.flax_live import Place as LivePlace
+from neutral.conventions.flax_live import places, unboxed
+from neutral.errors import Problem, Refused, Unsupported, an, printable, raise_all
 from neutral.native import NativeModel, Tensor
 from neutral.suffixes import suffix_of
 
@@ -45,7 +50,7 @@ def fill(
         return
     leaves = {place_of(name): data for name, data in tensors.items()}
     if template.is_dir():
-        replace_orbax(template, leaves, out, force=force)
+        replace_orbax(template, leaves, out, split_key(template, key)[0], force=force)
     else:
         replace_msgpack(template, leaves, out, force=force)
 
@@ -71,6 +76,70 @@ def place_of(name: str) -> Place:
     ('params', 'WeightNorm_0', 'Dense_0/kernel/scale')
     """
     return tuple(key.replace("~1", "/").replace("~0", "~") for key in name.split("/"))
+
+
+def fill_live(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Set the arrays named in nested dicts, a State, a TrainState or an nnx.Module. All are checked before the first is set."""
+    found = _live_places(model)
+    problems = []
+    for name, data in tensors.items():
+        place = found.get(place_of(name))
+        problem = None if place is not None else Problem(name, "no array of that name", "one of the model's")
+        if place is not None:
+            problem = _unfit(name, place, data)
+        if problem is not None:
+            problems.append(problem)
+    raise_all(Refused, problems)
+    for name, data in tensors.items():
+        _set(found[place_of(name)], data)
+
+
+def _live_places(model: Any) -> dict[Place, LivePlace]:
+    if not any(cls.__module__.startswith("flax.nnx") and cls.__name__ == "Module" for cls in type(model).__mro__):
+        return {place.path: place for place in places(model)}
+    from flax import nnx
+
+    found = {}
+    for keys, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Variable):
+            path = tuple(str(key) for key in keys)
+            found[path] = LivePlace(path, unboxed(node)[0], None, None, node)
+    return found
+
+
+def _unfit(name: str, place: LivePlace, data: Tensor) -> Problem | None:
+    there = place.array
+    if (tuple(there.shape), np.dtype(there.dtype)) != (data.shape, data.dtype):
+        return Problem(name, f"{data.dtype}{list(data.shape)}", f"{there.dtype}{list(there.shape)} as in the model")
+    if place.box is None and not _writable(there) and not isinstance(place.holder, MutableMapping | list):
+        kind = type(place.holder).__name__
+        return Problem(
+            name, f"an array in {an(kind)}, which cannot be changed", "one in a dict", "unfreeze the tree first"
+        )
+    return None
+
+
+def _writable(array: Any) -> bool:
+    return isinstance(array, np.ndarray) and bool(array.flags.writeable)
+
+
+def _set(place: LivePlace, data: Tensor) -> None:
+    if _writable(place.array):
+        place.array[...] = data.read()
+        return
+    new = data.read()
+    if not isinstance(place.array, np.ndarray):
+        import jax
+
+        new = jax.device_put(new, getattr(place.array, "sharding", None))
+    if place.box is None:
+        place.holder[place.key] = new
+    elif hasattr(place.box, "set_value"):
+        place.box.set_value(new)
+    elif hasattr(place.box, "replace_boxed"):
+        place.holder[place.key] = place.box.replace_boxed(new)
+    else:
+        place.box.value = new
 
 
 def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = False) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from neutral.containers.files import new_folder, refuse_inside, refuse_same
 from neutral.containers.tfjs_model import MODEL, open_tfjs, replace, write, write_again
 from neutral.conventions.tfjs import own_text
-from neutral.errors import Problem, Refused, Unsupported
+from neutral.errors import Problem, Unsupported
 from neutral.native import NativeLayer, NativeModel, Tensor
 from neutral.suffixes import suffix_of
 
@@ -37,11 +37,9 @@ def fill(
     opened = open_tfjs(template)
     try:
         refuse_same(out, opened.path, *(file.path for file in opened.files))
-        if suffix_of(out) != ".json":
-            refuse_inside(out, opened.path.parent)
+        # Its shards have the template's names, so that they would take the place of the template's own.
+        refuse_inside(out, opened.path.parent)
         with _place(out, opened.path.name, force) as model:
-            if model.parent == opened.path.parent:
-                raise Refused(Problem(str(out), "a copy in the folder of its template", "another folder"))
             replace(opened, tensors, model, force)
     finally:
         opened.close()

@@ -15,7 +15,9 @@ from neutral.importers.keras_builder import Builder, Entry
 from neutral.importers.keras_config import layers_of_graph, unwrapped
 from neutral.importers.keras_forms import Form, Inexpressible
 from neutral.importers.keras_tensor import Config, KerasTensor
-from neutral.importers.tfjs_layers import Call, has_weights, steps
+from neutral.importers.tfjs_layers import LAYERS
+from neutral.importers.tfjs_steps import Call, Step
+from neutral.importers.tfjs_weighed import WEIGHED, WITHOUT
 from neutral.schema.kinds import GRU, LSTM, AnyLayer, Depthwise, SimpleRNN
 from neutral.schema.manifest import Manifest
 
@@ -117,7 +119,7 @@ def _add(found: Translated, name: str, entry: Entry, layer: AnyLayer | None, pat
             raise Inexpressible(f"a call with {', '.join(sorted(kwargs))}", "a call without")
         shapes = tuple(tuple(tensor["config"]["shape"]) for tensor in tensors)
         made = steps(Call(entry.cls, entry.config, shapes, isinstance(layer, Depthwise)))
-        inputs = [_reference(tensor) for tensor in tensors]
+        inputs = _apart(found, name, [_reference(tensor) for tensor in tensors])
         names = {
             step.suffix: found.builder.names.fresh(f"{name}.{step.suffix}") if step.suffix else name for step in made
         }
@@ -129,10 +131,40 @@ def _add(found: Translated, name: str, entry: Entry, layer: AnyLayer | None, pat
             nodes[step.suffix] = len(here.nodes)
             here.nodes.append([_taken(taken, inputs, names, nodes) for taken in step.inputs])
         found.final[name, index] = (names[made[-1].suffix], nodes[made[-1].suffix])
-        if path and has_weights(entry.cls):
+        if path and entry.cls in WEIGHED:
             main = next(step for step in made if not step.suffix)
             rank = {"alpha_rank": len(shapes[0]) - 1} if main.cls == "PReLU" else {}
             found.forms[path] = main.cls, {"name": name, **main.config, **rank}
+
+
+def steps(call: Call) -> tuple[Step, ...]:
+    """The layers of TensorFlow.js that compute a call, inputs first; the last one gives its output.
+
+    >>> steps(Call("Activation", {"name": "a", "activation": "silu"}, ((None, 4),)))
+    (Step(suffix='', cls='Activation', config={'activation': 'swish'}, inputs=('',)),)
+    >>> [step.cls for step in steps(Call("ZeroPadding1D", {"name": "p", "padding": [2, 1]}, ((None, 8, 3),)))]
+    ['Reshape', 'ZeroPadding2D', 'Reshape']
+    """
+    rule = LAYERS.get(call.cls) or WEIGHED.get(call.cls)
+    if rule is None:
+        what = WITHOUT.get(call.cls, f"Keras' {call.cls}")
+        raise Inexpressible(what, "a layer that TensorFlow.js has", "keep the model in its framework, or in Keras")
+    return rule(call)
+
+
+def _apart(found: Translated, name: str, inputs: Sequence[_Reference]) -> list[_Reference]:
+    """The inputs of a call, a second use of one as a copy: TensorFlow.js forgets a tensor too soon that a layer takes twice.
+
+    Its executor counts by how many layers a tensor is taken, and counts down by how many times (`executor.ts`).
+    """
+    apart: list[_Reference] = []
+    for reference in inputs:
+        if reference in apart:
+            copy = found.builder.names.fresh(f"{name}.again")
+            found.layers[copy] = _Layer("Activation", {"name": copy, "activation": "linear"}, [[reference]])
+            reference = (copy, 0, _INNER)
+        apart.append(reference)
+    return apart
 
 
 _INNER = -1

@@ -57,7 +57,8 @@ class Report:
     """What an import did: where to, which layer went where and why, what was lost, and what else to know.
 
     `unused` layers of the source went nowhere, `missing` ones of the template kept their weights. `layers` counts those
-    that were written.
+    that were written. `model` is the live model that was filled: the one given, or, where its framework never changes a
+    model (Equinox), a new one.
     """
 
     out: Path | None
@@ -69,6 +70,7 @@ class Report:
     notes: tuple[str, ...] = ()
     layers: int = 0
     seconds: float = 0.0
+    model: object = None
 
 
 def export_model(
@@ -155,6 +157,7 @@ def import_model(
         import_model("lenet5.nwt", to="keras")                        lenet5.keras
         import_model("lenet5.nwt", into="other.h5", out="new.h5")     a copy of other.h5 with these weights
         import_model("lenet5.nwt", into=module)                       a live torch or Keras model, in place
+        import_model("lenet5.nwt", into=module).model                 a live Equinox model, filled: a new one
 
     `into_key` chooses one of several sets of weights in the template; the others stay as they are. `into_kinds` maps globs
     on the template's layers to kinds.
@@ -293,8 +296,8 @@ def _import(
             )
         if into_key is not None:
             raise WrongUsage(Problem("into", "a live model and a key", "a model file", "leave the key away"))
-        _fill_live(contents, into, into_kinds, mapping, allow_unused, allow_missing, cast, journey)
-        return _report(None, journey, len(journey.pairs), started)
+        filled = _fill_live(contents, into, into_kinds, mapping, allow_unused, allow_missing, cast, journey)
+        return replace(_report(None, journey, len(journey.pairs), started), model=filled)
     template = None if into is None else Path(into)
     if template is None and (mapping or allow_unused or allow_missing or into_key is not None or into_kinds):
         raise WrongUsage(
@@ -353,11 +356,12 @@ def _fill_live(
     allow_missing: Sequence[str],
     cast: bool,
     journey: Journey,
-) -> None:
+) -> object:
     name, native = read_live(model, None)
     framework = FRAMEWORKS[name]
     fill_template(contents, native, framework, mapping, allow_unused, allow_missing, cast, journey, kinds)
-    framework.writer().fill_live(model, journey.tensors)
+    filled = framework.writer().fill_live(model, journey.tensors)
+    return model if filled is None else filled
 
 
 @dataclass(frozen=True)

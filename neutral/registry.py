@@ -97,6 +97,19 @@ BUILT_IN: tuple[Framework, ...] = (
         live=signatures.live_flax,
     ),
     Framework(
+        name="equinox",
+        exporter="neutral.exporters.equinox",
+        importer="neutral.importers.equinox",
+        convention_at="neutral.conventions.equinox:EQUINOX",
+        files=(Format("eqx", ".eqx (leaves without names)", (".eqx",)),),
+        target="neutral.importers.equinox_classes",
+        packages=("equinox",),
+        extra="equinox",
+        signature=signatures.equinox,
+        live=signatures.live_equinox,
+        chain=any_chain,
+    ),
+    Framework(
         name="onnx",
         exporter="neutral.exporters.onnx",
         importer="neutral.importers.onnx",
@@ -119,7 +132,7 @@ BUILT_IN: tuple[Framework, ...] = (
             Format(
                 "layers-model",
                 "model.json and its shards (TensorFlow.js layers model)",
-                (".tfjs", ".json"),
+                (".tfjs",),
                 whole=True,
                 folder=True,
                 bare=True,

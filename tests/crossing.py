@@ -83,9 +83,10 @@ def helped(
 
 
 def plain(case: Case, framework: str) -> bool:
-    """True if a new file has the layers of the case's model: no norm of a kernel, no stack of several levels."""
-    stacked = any(len(names) > 1 for names in case.stacks.values())
-    return not stacked and not any(row.wrap for row in case.models[framework].layers)
+    """True if a new file has the layers of the case's model: no cells, stacks of several levels, norms of kernels, halves."""
+    rows = [row for model in case.models.values() for _, row in layers_of(model.layers)]
+    other = case.name.endswith(("_cell", "_cells_stacked", "_only")) or case.name == "subclassed"
+    return not other and not any(row.wrap or row.args.get("num_layers", 1) > 1 for row in rows)
 
 
 def cross(

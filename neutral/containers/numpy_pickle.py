@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 
 from neutral.containers.elements import element_bytes
-from neutral.containers.files import pieces
+from neutral.containers.files import Memory, pieces
 from neutral.containers.pickle_machine import Blob, Node, load
 from neutral.errors import BadFile, Problem, Refused
 from neutral.native import Storage, Stored, Tensor
@@ -114,22 +114,25 @@ def text_of(value: object) -> str | None:
 
 def _fill_in(target: ArrayRef, shape: object, dtype: object, fortran: object, elements: object) -> None:
     """What the pickle says of an array; a `fault` where that makes no array of numbers."""
-    sizes = tuple(shape) if type(shape) in (tuple, list) else None  # type: ignore[call-overload]
+    listed: tuple[object, ...] | None = tuple(shape) if isinstance(shape, tuple | list) else None
     if type(shape) is int:
-        sizes = (shape,)
+        listed = (shape,)
+    sizes = tuple(n for n in listed or () if type(n) is int and 0 <= n < 1 << 62)
     found = _dtype(dtype)
-    if sizes is None or len(sizes) > _RANK_LIMIT or any(type(n) is not int or not 0 <= n < 1 << 62 for n in sizes):
+    if listed is None or len(sizes) < len(listed) or len(sizes) > _RANK_LIMIT:
         target.fault = "an array whose shape is none"
         return
     if found is None:
         target.fault = "an array of no plain numbers"
         return
-    if type(elements) is not Blob:
-        target.fault = "an array whose elements are no bytes"
-        return
     target.dtype, target.shape, target.fortran = found, sizes, bool(fortran)
-    target.pieces = (Piece(elements, target.nbytes),)
-    target.fault = "" if target.pieces[0].fits else f"{elements.nbytes} bytes for the shape {sizes} of {found}"
+    if type(elements) is Blob:
+        target.pieces = (Piece(elements, target.nbytes),)
+        target.fault = "" if target.pieces[0].fits else f"{elements.nbytes} bytes for the shape {sizes} of {found}"
+    elif type(elements) is Node and elements.cls == "builtins.bytes" and not elements.args and not target.nbytes:
+        target.fault = ""  # how protocol 2 says no bytes
+    else:
+        target.fault = "an array whose elements are no bytes"
 
 
 def _dtype(value: object) -> np.dtype[Any] | None:
@@ -155,11 +158,13 @@ def joined(parts: Sequence[ArrayRef], shape: tuple[int, ...]) -> ArrayRef:
 
 def array_tensor(storage: Storage, ref: ArrayRef, dtype: np.dtype[Any] | None = None) -> Tensor:
     """The array's elements, lazily; as another dtype of the same width if one is given."""
-    places = [_Raw(storage, p.blob.offset, p.nbytes) if p.raw else _Latin1(storage, p) for p in ref.pieces]
+    places: list[Storage] = [
+        _Raw(storage, p.blob.offset, p.nbytes) if p.raw else _Latin1(storage, p) for p in ref.pieces
+    ]
     strides = None
     if ref.fortran:
         strides = tuple(math.prod(max(n, 1) for n in ref.shape[:axis]) for axis in range(len(ref.shape)))
-    whole = places[0] if len(places) == 1 else _Joined(places)
+    whole: Storage = places[0] if len(places) == 1 else _Joined(places) if places else Memory(b"")
     return Stored(whole, ref.shape, dtype or ref.dtype, 0, strides)
 
 

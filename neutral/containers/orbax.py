@@ -100,6 +100,22 @@ def locate(folder: FilePath, key: str | None) -> str:
     raise Refused(Problem(str(folder), what, "one", "choose one with --key"))
 
 
+def split_key(folder: FilePath, key: str | None) -> tuple[str | None, str | None]:
+    """The beginning of a key that names a checkpoint, and the rest, which names something in it.
+
+    `100/params` may be a checkpoint of a step, or the parameters in the only checkpoint of one.
+    """
+    if key is None:
+        return None, None
+    found = checkpoints(folder)
+    named = {name for place in found if place for name in (place, *place.split("/"))}
+    parts = key.strip("/").split("/")
+    for i in range(min(2, len(parts)), 0, -1):
+        if "/".join(parts[:i]) in named:
+            return "/".join(parts[:i]), "/".join(parts[i:]) or None
+    return (None, key) if len(found) == 1 else (key, None)
+
+
 def read(path: FilePath, key: str | None = None) -> PyTree:
     """The tree of a checkpoint, its arrays unread."""
     opened = _Checkpoint(path, locate(path, key))

@@ -38,7 +38,7 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
 """Dtypes that a file of paddle can tell. Its 8-bit floats are saved as int8, and are loaded as such."""
 
 _DEPTH: Final = 6
-_VISITS: Final = 100_000
+_VISITS: Final = 2_000_000
 _ACCUMULATOR: Final = re.compile(
     r".*_(moment\d?(_max)?|beta[12]_pow_acc|velocity|inf_norm|mean_square|mean_grad|momentum|_?avg_squared_(grad|update)"
     r"|fp32_master)_\d+"
@@ -69,7 +69,8 @@ class PaddleFile:
             self.sets: dict[str, dict[str, Saved]] = {}
             self.others: dict[str, dict[str, Saved]] = {}
             self.protocol = self._file.read(1, 1)[0]
-            self._search(self.root, "", 0, set())
+            self._left = _VISITS
+            self._search(self.root, "", 0, frozenset())
         except BaseException:
             self.close()
             raise
@@ -103,19 +104,21 @@ class PaddleFile:
                 )
             )  # fmt: skip
 
-    def _search(self, value: object, key: str, depth: int, seen: set[int]) -> None:
+    def _search(self, value: object, key: str, depth: int, above: frozenset[int]) -> None:
         """Collect the sets in a value: every mapping that has arrays in it."""
         items = items_of(value)
-        if items is None or depth > _DEPTH or id(value) in seen or len(seen) > _VISITS:
+        if items is None or depth > _DEPTH or id(value) in above:
             return
-        seen.add(id(value))
+        self._left -= len(items) + 1
+        if self._left < 0:
+            raise BadFile(Problem(str(self.path), "mappings inside each other without an end", "a state dict"))
         arrays = self._arrays(items)
         other = bool(key and _NO_WEIGHTS.fullmatch(key.rpartition(".")[2].lower())) or _is_optimizer(items, arrays)
         if arrays:
             (self.others if other else self.sets)[key] = arrays
         for name, child in items.items():
             if type(name) is str and name not in (NAME_TABLE, CUT_TABLE) and not other:
-                self._search(child, f"{key}.{name}" if key else name, depth + 1, seen)
+                self._search(child, f"{key}.{name}" if key else name, depth + 1, above | {id(value)})
         if other and not arrays:
             self.others.setdefault(key, {})
 
@@ -127,23 +130,19 @@ class PaddleFile:
             saved = _saved(value)
             if type(name) is str and saved is not None:
                 found[name] = Saved(saved.array, names.get(name, saved.parameter))
-        cut = items_of(items.get(CUT_TABLE)) or {}
-        for name, told in cut.items():
-            found = self._put_together(found, name, items_of(told) or {}, names)
-        return found
+        cut = {name: items_of(told) or {} for name, told in (items_of(items.get(CUT_TABLE)) or {}).items()}
+        whole = {name: Saved(self._put_together(found, name, told), names.get(name)) for name, told in cut.items()}
+        parts = {text_of(part) for told in cut.values() for part in members_of(told.get("slices")) or ()}
+        return {name: saved for name, saved in found.items() if name not in parts} | whole
 
-    def _put_together(
-        self, found: dict[str, Saved], name: object, told: Mapping[Any, Any], names: Mapping[str, str]
-    ) -> dict[str, Saved]:
+    def _put_together(self, found: Mapping[str, Saved], name: object, told: Mapping[Any, Any]) -> ArrayRef:
         parts = [text_of(part) for part in members_of(told.get("slices")) or ()]
         shape = members_of(told.get("OriginShape"))
         plain = shape is not None and all(type(n) is int and 0 <= n < 1 << 62 for n in shape)
         if type(name) is not str or not plain or not parts or any(part not in found for part in parts):
             problem = Problem(str(self.path), f"a broken {CUT_TABLE}", "the parts of each array", "the file is damaged")
             raise BadFile(problem)
-        whole = joined([found[part].array for part in parts if part is not None], tuple(shape or ()))
-        rest = {key: value for key, value in found.items() if key not in parts}
-        return {**rest, name: Saved(whole, names.get(name))}
+        return joined([found[part].array for part in parts if part is not None], tuple(shape or ()))
 
     def choose(self, key: str | None) -> tuple[str, dict[str, Saved]]:
         """The one set of weights of the file with its place, or the one that `key` names."""
@@ -178,9 +177,10 @@ class PaddleFile:
 
     def dtype(self, saved: Saved) -> np.dtype[Any]:
         """The dtype that paddle gives an array when it is loaded; one that it does not have is `Refused`."""
-        stored = saved.array.dtype
+        stored: np.dtype[Any] = saved.array.dtype
         if stored == np.dtype("<u2"):
-            return np.dtype(ml_dtypes.bfloat16)
+            bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+            return bfloat16
         if stored.newbyteorder("=") not in DTYPES.values():
             problem = Problem(
                 str(self.path), f"an array of {stored}", f"one of {', '.join(DTYPES)}", "convert it first"

@@ -293,7 +293,9 @@ def write(
     total = sum(tensor.nbytes for _, tensor in weights)
     count = max(1, -(-total // SHARD))
     sizes = [min(SHARD, total - SHARD * i) for i in range(count)]
-    shards = [(f"group1-shard{i + 1}of{count}.bin", size) for i, size in enumerate(sizes)]
+    # Another name than the usual one may mean that another model lies in the same folder.
+    own = "" if out.name == MODEL else f"{out.stem}-"
+    shards = [(f"{own}group1-shard{i + 1}of{count}.bin", size) for i, size in enumerate(sizes)]
     manifest = [{"paths": [shard for shard, _ in shards], "weights": entries}]
     document = {
         "format": "layers-model",

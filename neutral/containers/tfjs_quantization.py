@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from neutral.errors import BadFile, Problem
 from neutral.native import Array, Range, Tensor
 
-_STORED = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2"), "float16": np.dtype("<f2")}
+_STORED: Mapping[str, np.dtype[Any]] = {"uint8": np.dtype("u1"), "uint16": np.dtype("<u2"), "float16": np.dtype("<f2")}
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class Quantization:
 
     def expand(self, stored: Array) -> Array:
         if self.name == "float16":
-            return stored.astype(self.dtype)
+            return np.asarray(stored, self.dtype)
         # In double precision, then rounded once, as a JavaScript number that is put into a Float32Array.
         values = stored.astype(np.float64) * self.scale + self.low
-        return (np.floor(values + 0.5) if self.dtype.kind == "i" else values).astype(self.dtype)
+        return np.asarray(np.floor(values + 0.5) if self.dtype.kind == "i" else values).astype(self.dtype)
 
     def reduce(self, values: Array) -> Array:
         with np.errstate(all="ignore"):
@@ -64,7 +64,8 @@ class Quantization:
             steps = (
                 np.rint((values.astype(np.float64) - self.low) / self.scale) if self.scale else np.zeros(values.shape)
             )
-            return np.nan_to_num(np.clip(steps, 0, np.iinfo(self.stored).max)).astype(self.stored)
+            found: Array = np.nan_to_num(np.clip(steps, 0, np.iinfo(self.stored).max)).astype(self.stored)
+            return found
 
 
 def _same_bits(one: Array, other: Array) -> bool:
@@ -88,13 +89,14 @@ class _Mapped(Tensor):
 def read_quantization(where: str, told: object, dtype: np.dtype[Any]) -> Quantization:
     """A manifest's `quantization`, if TensorFlow.js would load a weight of this dtype with it."""
     given = told if isinstance(told, dict) else {}
-    name = given.get("dtype")
+    name = str(given.get("dtype"))
     if name not in _STORED or (dtype.kind == "i" and name == "float16") or dtype.name not in ("float32", "int32"):
-        found = f"{dtype.name} quantized as {name!r}"
+        found = f"{dtype.name} quantized as {name}"
         raise BadFile(Problem(where, found, "float32 as uint8, uint16 or float16, or int32 as uint8 or uint16"))
     if name == "float16":
         return Quantization(name, dtype)
-    scale, low = given.get("scale"), given.get("min")
+    scale: Any = given.get("scale")
+    low: Any = given.get("min")
     if not _is_number(scale) or not _is_number(low):
         raise BadFile(Problem(where, f"quantization with min {low!r} and scale {scale!r}", "two finite numbers"))
     ends = (float(low), float(low) + float(scale) * float(np.iinfo(_STORED[name]).max))

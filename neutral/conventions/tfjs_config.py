@@ -50,6 +50,8 @@ _PASSED_OVER: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
 }  # fmt: skip
 """Settings that TensorFlow.js passes over, and whether a value makes no difference."""
 
+_DEEP = ("DepthwiseConv2D", "SeparableConv2D")
+
 ASYMMETRIC = "bilinear_asymmetric"
 """What TensorFlow.js computes for `bilinear`: positions are multiples of the step, not centres of pixels."""
 
@@ -80,7 +82,7 @@ def as_keras2(entry: Config, shapes: Mapping[str, tuple[int, ...]] | None = None
 def _entry(entry: Config, shapes: Mapping[str, tuple[int, ...]], remarks: list[str], depth: int) -> Config:
     if depth > _DEEPEST:
         raise ValueError(f"layers nested deeper than {_DEEPEST} levels")
-    config = entry.get("config")
+    config: Any = entry.get("config")
     if is_model(entry):
         listed = isinstance(config, list)
         layers = [_entry(layer, shapes, remarks, depth + 1) for layer in (config if listed else config["layers"])]
@@ -92,7 +94,7 @@ def _entry(entry: Config, shapes: Mapping[str, tuple[int, ...]], remarks: list[s
     cls = str(entry.get("class_name"))
     given = {key: value for key, value in config.items() if value is not None or key not in _DEFAULTS.get(cls, {})}
     changed = {**_DEFAULTS.get(cls, {}), **given}
-    if cls == "SeparableConv2D" and "depth_multiplier" not in given:  # TensorFlow.js does not save it
+    if cls in _DEEP and given.get("depth_multiplier") is None:  # TensorFlow.js does not save that of a SeparableConv2D
         kernel = shapes.get(f"{entry_name(entry)}/depthwise_kernel", (1,))
         changed["depth_multiplier"] = kernel[-1] if kernel else 1
     for setting, harmless in _PASSED_OVER.get(cls, {}).items():

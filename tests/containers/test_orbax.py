@@ -16,7 +16,7 @@ import pytest
 import tensorstore
 
 from neutral.containers.orbax import checkpoints
-from neutral.containers.pytree import read_orbax, replace_orbax, write_orbax
+from neutral.containers.pytree import read_orbax, replace_orbax, split_key, write_orbax
 from neutral.errors import BadFile, Refused
 from neutral.native import Stored, from_array
 
@@ -296,6 +296,20 @@ def test_items_of_a_step(tmp_path: Path) -> None:
     for key in ("state", "1/state"):
         assert read_orbax(tmp_path / "run", key).leaves["w",].read()[0] == 1
     assert read_orbax(tmp_path / "run" / "1", "params").leaves["w",].read()[0] == 0
+
+
+def test_a_key_names_a_checkpoint_and_what_is_in_it(tmp_path: Path) -> None:
+    one = {("params", "w"): from_array(np.ones(1))}
+    (tmp_path / "run" / "100").mkdir(parents=True)
+    write_orbax(one, {}, tmp_path / "run" / "100" / "default")
+    assert split_key(tmp_path / "run", None) == (None, None)
+    assert split_key(tmp_path / "run", "100") == ("100", None)
+    assert split_key(tmp_path / "run", "100/ema") == ("100", "ema")
+    assert split_key(tmp_path / "run", "100/default/ema") == ("100/default", "ema")
+    assert split_key(tmp_path / "run", "ema") == (None, "ema")
+    (tmp_path / "run" / "200").mkdir()
+    write_orbax(one, {}, tmp_path / "run" / "200" / "default")
+    assert split_key(tmp_path / "run", "ema") == ("ema", None)
 
 
 def test_writing_refuses(tmp_path: Path) -> None:
