@@ -17,7 +17,6 @@ from neutral.native import from_array
 from tests.exporters.test_onnx import INPUTS, Net, exported, model_of, node, normal
 
 
-
 def run(path: Path, *inputs: np.ndarray) -> list[np.ndarray]:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_inputs()]
