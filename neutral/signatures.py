@@ -1,6 +1,6 @@
 """What a file or folder is, by its content: a `Probe` looks at it once, and each framework's signature looks at the probe.
 
->>> import pathlib, tempfile
+>>> import pathlib, tempfile, zipfile
 >>> path = pathlib.Path(tempfile.mkdtemp()) / "x.npz"
 >>> with zipfile.ZipFile(path, "w") as made:
 ...     made.writestr("a.npy", b"")
