@@ -16,7 +16,6 @@ from neutral.containers.onnx_constants import leaves
 from neutral.conventions.onnx_layers import FoundLayer, View, layers_of
 from neutral.errors import BadFile, Problem, Unsupported, WrongUsage
 from neutral.exporters.onnx_graph import wired
-from neutral.exporters.onnx_graph import wired
 from neutral.native import NativeLayer, NativeModel, NativeTensor
 
 

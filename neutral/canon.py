@@ -154,8 +154,7 @@ def _bindings(layer: NativeLayer, convention: Convention, hint: str | None) -> t
     if layer.cls is not None and hint is None:
         forms = (*convention.build(layer.cls, layer.config), *named)
     else:
-        told = dict.fromkeys(cls for f in convention.forms for cls in f.classes if layer.config and hint is not None)
-        built = [f for cls in told for f in convention.build(cls, layer.config)]
+        built = _built(convention, None, layer.config) if hint is not None else ()
         forms = [*built, *(f for f in convention.forms if f.guessable or hint is not None)]
     found, reasons = [], []
     for form in forms:
@@ -167,6 +166,14 @@ def _bindings(layer: NativeLayer, convention: Convention, hint: str | None) -> t
         else:
             found.append(binding)
     return found, reasons
+
+
+def _built(convention: Convention, cls: str | None, config: Mapping[str, Any]) -> tuple[Form, ...]:
+    """The forms that a class's settings make; where only the settings are known, those of all classes."""
+    if cls is not None:
+        return convention.build(cls, config)
+    classes = dict.fromkeys(name for form in convention.forms for name in form.classes if config)
+    return tuple(form for name in classes for form in convention.build(name, config))
 
 
 _ALIKE = ({"conv", "depthwise"}, {"group_norm", "instance_norm"}, {"dense", "einsum_dense"})
@@ -901,8 +908,7 @@ def deciding(known: Known, convention: Convention) -> dict[str, Any]:
         return {}
     shapes = {local: tensor.data.shape for local, tensor in known.layer.tensors.items() if not tensor.state}
     config = convention.deciding(known.layer.config, shapes)
-    if not known.binding.form.applies(known.layer.config):
-        config |= kind_hint(f"kind({known.binding.form.says})")[1]
+    config = {**kind_hint(f"kind({known.binding.form.says})")[1], **config}
     return {"config": config, "sizes": dict(known.binding.parts[0].sizes)} if config else {}
 
 
@@ -919,7 +925,7 @@ def source_binding(
     first = layers[0]
     told = config or {}
     names = {local for layer in layers for t in layer.weights.values() for local in t.native}
-    built = convention.build(first.native or "", told)
+    built = _built(convention, first.native, told)
     for form in (*built, *convention.forms):
         if (first.native is not None and first.native not in form.classes) or not form.applies(told):
             continue

@@ -99,7 +99,9 @@ def new_locations(locations: Sequence[str], old: str, new: str) -> dict[str, str
             count += 1
             unique = f"{name}.{count}"
         if len(unique.encode()) > _LONGEST_NAME:
-            raise Refused(Problem(new, f"{unique!r} for a file of external data", "a shorter name", "shorten the output's"))
+            raise Refused(
+                Problem(new, f"{unique!r} for a file of external data", "a shorter name", "shorten the output's")
+            )
         used.add(unique)
         found[location] = unique
     return found

@@ -142,6 +142,7 @@ _DENSE = _kernel_forms(
     _BIAS,
     dense,
     lambda sizes: True,
+    applies=lambda config: config.get("kernel_rank", 2) == 2,
 )
 _CONV = _kernel_forms(
     "conv",
@@ -186,11 +187,13 @@ def _general(taken: int, made: int) -> Form:
         attributes=dense,
         check=without_batch,
     )
-    return Form(("DenseGeneral", "LinearGeneral"), (part,), applies=_axes_not_told)
-
-
-def _axes_not_told(config: Config) -> bool:
-    return "features" not in config
+    rank = taken + made
+    return Form(
+        ("DenseGeneral", "LinearGeneral"),
+        (part,),
+        applies=lambda config: "features" not in config and config.get("kernel_rank", rank) == rank,
+        says=f"kernel_rank={rank}",
+    )
 
 
 _UNNAMED_EINSUMS = tuple(

@@ -458,7 +458,7 @@ def _changes_nothing(scope: Scope, node: NodeProto, behind: NodeProto) -> bool:
 
 def _belongs_elsewhere(weight: Expression, bias: Expression) -> bool:
     """True if names say that a bias is not of the layer whose weight this is."""
-    stems = [common_stem(leaf.name for leaf in leaves(part)) for part in (weight, bias)]
+    stems = [common_stem(leaf.tensor.name for leaf in leaves(part)) for part in (weight, bias)]
     return all(stems) and stems[0] != stems[1]
 
 
@@ -608,7 +608,7 @@ def _is_stack(members: list[_Candidate]) -> bool:
 def _wanted_path(candidate: _Candidate) -> str:
     node = candidate.nodes[0]
     own = common_stem(candidate.values) or common_stem(
-        leaf.name for e in candidate.expressions.values() for leaf in leaves(e)
+        leaf.tensor.name for e in candidate.expressions.values() for leaf in leaves(e)
     )
     module = module_of(node)
     path = own or module

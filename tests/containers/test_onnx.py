@@ -12,7 +12,17 @@ from onnx.external_data_helper import set_external_data
 
 from neutral.containers.onnx import NodeProto, Opaque, open_onnx
 from neutral.containers.onnx import named_tensors as by_name
-from neutral.containers.onnx_constants import Cut, Expression, Joined, Leaf, Permuted, Reshaped, backward, forward, undoable
+from neutral.containers.onnx_constants import (
+    Cut,
+    Expression,
+    Joined,
+    Leaf,
+    Permuted,
+    Reshaped,
+    backward,
+    forward,
+    undoable,
+)
 from neutral.containers.onnx_writing import replace_tensors
 from neutral.errors import Refused
 from neutral.native import from_array
@@ -115,7 +125,13 @@ def test_attributes_are_what_onnx_says_they_are(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
     with open_onnx(tmp_path / "x.onnx") as opened:
         (found,) = opened.model.graph.nodes
-        assert (found.op_type, found.name, found.domain, found.inputs, found.metadata) == ("Test", "n", "d", ("a", ""), {"k": "v"})
+        assert (found.op_type, found.name, found.domain, found.inputs, found.metadata) == (
+            "Test",
+            "n",
+            "d",
+            ("a", ""),
+            {"k": "v"},
+        )
         plain = {name: found.attributes[name] for name in ("f", "i", "zero", "s", "bytes", "fs", "is", "ss")}
         assert plain == {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name not in "tg"}
         assert found.attributes["type"] == Opaque(13)
@@ -133,7 +149,9 @@ def test_replaced_elements_change_nothing_else(tmp_path: Path) -> None:
     before = (tmp_path / "x.onnx").read_bytes()
     new = np.arange(12.0).reshape(3, 4)
     with open_onnx(tmp_path / "x.onnx") as opened:
-        replace_tensors(opened, {"raw": from_array(new.T.copy().T), "float": from_array(np.ones((2, 3), "f4"))}, tmp_path / "y.onnx")
+        replace_tensors(
+            opened, {"raw": from_array(new.T.copy().T), "float": from_array(np.ones((2, 3), "f4"))}, tmp_path / "y.onnx"
+        )
         replace_tensors(opened, {}, tmp_path / "z.onnx")
     assert (tmp_path / "z.onnx").read_bytes() == before
     after = (tmp_path / "y.onnx").read_bytes()
@@ -178,14 +196,24 @@ def test_a_checksum_of_external_data_is_renewed(tmp_path: Path) -> None:
     _external(tmp_path / "x.onnx", "weights.bin", checksum=True)
     with open_onnx(tmp_path / "x.onnx") as opened:
         replace_tensors(opened, {"t2": from_array(np.ones((2, 3), "f4"))}, tmp_path / "y.onnx")
-    (told,) = {e.value for t in onnx.load(tmp_path / "y.onnx", load_external_data=False).graph.initializer for e in t.external_data if e.key == "checksum"}
+    (told,) = {
+        e.value
+        for t in onnx.load(tmp_path / "y.onnx", load_external_data=False).graph.initializer
+        for e in t.external_data
+        if e.key == "checksum"
+    }
     assert told == hashlib.sha1((tmp_path / "y.onnx.weights.bin").read_bytes()).hexdigest()
 
 
 def test_refuses_what_does_not_fit_and_leaves_nothing(tmp_path: Path) -> None:
     _saved(tmp_path / "x.onnx")
     with open_onnx(tmp_path / "x.onnx") as opened:
-        for name, array in (("raw", np.ones(3)), ("raw", np.ones((3, 4), "f4")), ("none", np.ones(2)), ("nibbles", np.ones(3))):
+        for name, array in (
+            ("raw", np.ones(3)),
+            ("raw", np.ones((3, 4), "f4")),
+            ("none", np.ones(2)),
+            ("nibbles", np.ones(3)),
+        ):
             with pytest.raises(Refused):
                 replace_tensors(opened, {name: from_array(array)}, tmp_path / "y.onnx")
         with pytest.raises(Refused, match="the input itself"):
@@ -237,5 +265,9 @@ def test_what_an_expression_makes_can_be_taken_back(tmp_path: Path) -> None:
 
 def test_an_expression_without_some_elements_cannot_be_taken_back(tmp_path: Path) -> None:
     leaf = _leaf(tmp_path, "a", np.arange(24.0).reshape(8, 3))
-    for expression in (Cut(leaf, 0, 0, 4), Joined((leaf, leaf), 0), Joined((Cut(leaf, 0, 0, 5), Cut(leaf, 0, 4, 8)), 0)):
+    for expression in (
+        Cut(leaf, 0, 0, 4),
+        Joined((leaf, leaf), 0),
+        Joined((Cut(leaf, 0, 0, 5), Cut(leaf, 0, 4, 8)), 0),
+    ):
         assert not undoable(expression)

@@ -15,8 +15,11 @@ import pytest
 import torch
 
 import neutral
+from neutral.canon import canonical_layers
+from neutral.conventions.equinox import EQUINOX
 from neutral.conventions.equinox_model import checked
 from neutral.errors import Refused, Unsupported
+from neutral.exporters import equinox as reader
 from neutral.importers import equinox as writer
 
 KEYS = iter(jax.random.split(jax.random.key(0), 10_000))
@@ -329,6 +332,45 @@ def test_settings_are_compared(tmp_path: Path) -> None:
         neutral.import_model(tmp_path / "y.nwt", into=eqx.nn.Conv2d(3, 4, 3, 2, key=key()))
 
 
+@pytest.mark.parametrize("padding", ["VALID", "SAME", "SAME_LOWER", ((1, 2), (0, 1))])
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (1, 2), (2, 1), (3, 2)])
+def test_what_paddings_mean(padding: Any, stride: int, dilation: int) -> None:
+    """The settings that layers are compared by say what the layers compute."""
+    layer = eqx.nn.Conv2d(2, 3, (2, 5), stride, padding, dilation, key=key())
+    settings = _settings(layer)
+    x = _floats(2, 11, 12)
+    if isinstance(settings["padding"], str):
+        assert stride > 1 and settings["padding"] == padding.lower()
+    else:
+        pads = [side for pair in reversed(settings["padding"]) for side in pair]
+        padded = torch.nn.functional.pad(torch.from_numpy(x), pads)
+        weight, bias = (torch.from_numpy(np.array(a)) for a in (layer.weight, layer.bias))
+        meant = torch.nn.functional.conv2d(padded[None], weight, bias.flatten(), stride, 0, dilation)
+        np.testing.assert_allclose(layer(jnp.asarray(x)), meant[0].numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("padding", ["VALID", "SAME", "SAME_LOWER", ((1, 2), (0, 1)), 3])
+@pytest.mark.parametrize(("stride", "extra", "dilation"), [(1, 0, 1), (2, 1, 1), (3, 2, 1), (3, 0, 2), (4, 2, 1)])
+def test_what_paddings_of_transposed_convolutions_mean(padding: Any, stride: int, extra: int, dilation: int) -> None:
+    ways = {"stride": stride, "padding": padding, "output_padding": extra, "dilation": dilation}
+    layer = eqx.nn.ConvTranspose2d(2, 3, (2, 5), key=key(), **ways)
+    settings = _settings(layer)
+    x = _floats(2, 5, 6)
+    weight = torch.from_numpy(np.flip(np.array(layer.weight), (2, 3)).swapaxes(0, 1).copy())
+    bias = torch.from_numpy(np.array(layer.bias)).flatten()
+    full = torch.nn.functional.conv_transpose2d(torch.from_numpy(x)[None], weight, None, stride, dilation=dilation)[0]
+    (top, bottom), (left, right) = settings["padding"]
+    below, beside = settings["output_padding"]
+    cut = torch.nn.functional.pad(full, (-left, beside - right, -top, below - bottom)) + bias[:, None, None]
+    np.testing.assert_allclose(layer(jnp.asarray(x)), cut.numpy(), atol=1e-4)
+
+
+def _settings(layer: Any) -> dict[str, Any]:
+    """The canonical attributes of a layer."""
+    (found,) = canonical_layers(reader.read_live(layer), EQUINOX)
+    return dict(found.attributes)
+
+
 def test_an_rms_norm_with_a_bias_has_no_place_in_torch(tmp_path: Path) -> None:
     ours = randomized(eqx.nn.RMSNorm(5))
     neutral.export_model(ours, tmp_path / "x.nwt").close()
@@ -368,8 +410,6 @@ def test_files_come_back(number: int, tmp_path: Path) -> None:
 
 
 def test_a_file_by_its_model(tmp_path: Path) -> None:
-    from neutral.exporters import equinox as reader
-
     model = eqx.nn.make_with_state(Net)("batch")
     saved = randomized(model)
     eqx.tree_serialise_leaves(tmp_path / "x.eqx", saved)
@@ -433,8 +473,6 @@ def test_what_jax_alone_can_open_is_refused() -> None:
 
 
 def test_ones_own_layer_is_not_taken_for_that_of_equinox() -> None:
-    from neutral.exporters import equinox as reader
-
     (layer,) = reader.read_live(Linear(jnp.ones((2, 2)))).layers
     assert layer.cls != "Linear" and layer.evidence == "none"
 
