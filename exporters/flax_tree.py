@@ -21,6 +21,7 @@ from typing import Any, Final
 from neutral.containers.tree import Path
 from neutral.conventions.flax import ATTENTION_PARTS, CELLS, PARAMS, STATISTICS, full_name
 from neutral.errors import BadFile, Problem, Refused, printable, raise_all
+from neutral.exporters.flax_scan import unstacked
 from neutral.native import NativeLayer, NativeTensor, Tensor
 
 _NO_WEIGHTS: Final = re.compile(
@@ -174,7 +175,7 @@ def _variables(node: Node, params: Node, place: Path, depth: int) -> Iterator[_F
 def _below(root: Node, key: str) -> _Found | None:
     """What lies under keys joined by dots; a key may itself have dots in it."""
     node, rest = root, key
-    place: tuple[str, ...] = ()
+    place: Path = ()
     while rest:
         names = [n for n, child in node.items() if isinstance(child, dict) and (rest == n or rest.startswith(n + "."))]
         if not names:
@@ -235,7 +236,14 @@ def _without_value(weights: dict[Path, NativeTensor]) -> dict[Path, NativeTensor
 
 
 def layers(weights: Mapping[Path, NativeTensor]) -> tuple[NativeLayer, ...]:
-    """The layers of a set of weights, in the order of their first tensors; recurrent cells and attentions in one piece."""
+    """The layers of a set of weights, in the order of their first tensors; recurrent cells and attentions in one piece.
+
+    Those in a stack are layers of their own.
+    """
+    return grouped(unstacked(weights, grouped))
+
+
+def grouped(weights: Mapping[Path, NativeTensor]) -> tuple[NativeLayer, ...]:
     tree = _Tree.of(weights)
     made: dict[Path, dict[str, NativeTensor]] = {}
     for name, tensor in weights.items():
