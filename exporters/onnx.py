@@ -61,6 +61,7 @@ def _model(opened: OnnxFile) -> NativeModel:
         unsettled=found.unsettled,
     )
     return wired(model, opened.model, found)
+    return wired(model, opened.model, found)
 
 
 def _layer(found: FoundLayer) -> NativeLayer:

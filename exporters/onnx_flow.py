@@ -14,6 +14,7 @@ from neutral.containers.onnx import NodeProto
 from neutral.containers.onnx_constants import forward
 from neutral.containers.onnx_tensors import DTYPES
 from neutral.conventions.onnx_scope import Scope
+from neutral.exporters.onnx_numbers import numbers_of
 from neutral.schema.graph import Attribute, Graph, Node, Value
 
 SPACE = {1: ("width",), 2: ("height", "width"), 3: ("depth", "height", "width")}
@@ -44,15 +45,24 @@ class Flow:
         return len(self.sizes)
 
     @property
+    def shape(self) -> Sizes:
+        return self.sizes
+
+    @property
     def turned(self) -> bool:
         return self.order != tuple(range(self.rank))
 
 
 @dataclass(frozen=True)
 class Lifted:
-    """Values along a new axis in front of the batch, as recurrent operators want their first states."""
+    """Values (or outputs of a recurrent layer) along a new axis in front of the batch, as recurrent operators have their
+    states."""
 
-    parts: tuple[Flow, ...]
+    parts: tuple[Any, ...]
+
+    @property
+    def shape(self) -> Sizes:
+        return (len(self.parts), *self.parts[0].shape)
 
     def settled(self, b: Builder) -> Flow:
         raise Inexpressible("an axis in front of the first one")
@@ -256,9 +266,14 @@ class Builder:
         """A list of whole numbers: an input, or in older operator sets an attribute; None if there is none."""
         value = self.value_of(place)
         if value:
-            return self.scope.numbers(value)
+            return numbers_of(self.scope, self.shape_of, value)
         given = self.node.attributes.get(attribute) if attribute else None
         return tuple(n for n in given if type(n) is int) if isinstance(given, tuple) else None
+
+    def shape_of(self, value: str) -> Sizes | None:
+        """The sizes of a value as far as they are known, its axes in the model's order."""
+        found = self.flows.get(value)
+        return found.shape if found is not None else self.scope.shape_of(value)
 
     def known(self, place: int, attribute: str = "", what: str = "a list of numbers") -> tuple[int, ...] | None:
         """The same where all must be known; None only if there is no list."""
@@ -271,8 +286,21 @@ class Builder:
             raise Inexpressible(f"{what} that is computed")
         return tuple(n for n in found if n is not None)
 
+    def is_stored(self, value: str) -> bool:
+        """True for what does not depend on the model's inputs."""
+        maker = self.scope.makers.get(value)
+        if maker is not None and maker.op_type == "CastLike" and value not in self.flows:
+            return self.is_stored(maker.inputs[0])
+        return self.scope.constant(value) is not None or (maker is not None and maker.op_type == "Constant")
+
     def scalar(self, value: str) -> float | None:
         """The number that a stored tensor of one element is."""
+        maker = self.scope.makers.get(value)
+        if maker is not None and maker.op_type == "CastLike":
+            return self.scalar(maker.inputs[0])
+        if maker is not None and maker.op_type == "Constant" and "value" not in maker.attributes:
+            given = maker.attributes.get("value_float", maker.attributes.get("value_int"))
+            return float(given) if isinstance(given, int | float) else None
         stored = self.scope.constant(value)
         if stored is None or any(n != 1 for n in stored.shape):
             return None

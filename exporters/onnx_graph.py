@@ -161,10 +161,11 @@ class _Walk:
 
     def _aside(self, node: NodeProto) -> bool:
         """True for nodes that compute sizes or rearrange stored tensors: nothing that flows."""
+        b = self.builder
         if id(node) in self.layers:
             return False
-        if all(self.scope.constant(value) is not None for value in node.outputs if value):
+        if all(b.is_stored(value) or self.scope.zero(value) for value in node.outputs if value):
             return True
         if node.op_type in ("Shape", "Size", "Constant", "ConstantOfShape"):
             return True
-        return not any(value in self.builder.flows for value in node.inputs)
+        return not any(value in b.flows for value in node.inputs)

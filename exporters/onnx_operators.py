@@ -84,6 +84,12 @@ def _cast(b: Builder) -> None:
     _as(b, x, b.make("Cast", [x], x.sizes, {"to": to}, order=x.order, dtype=to))
 
 
+def _cast_like(b: Builder) -> None:
+    if b.flow(b.value_of(0)).dtype != b.flow(b.value_of(1)).dtype:
+        raise Inexpressible("a cast to the dtype of another value")
+    _passed(b)
+
+
 def _broadcast(shapes: Sequence[Sizes]) -> Sizes:
     rank = max(len(shape) for shape in shapes)
     made: list[int | None] = []
@@ -103,7 +109,7 @@ _FOLDED = ("Add", "Mul", "Max", "Min")
 def _joining(b: Builder) -> None:
     """Arithmetic on values, or on a value and a number."""
     node = b.node
-    numbers = {name: b.scalar(name) for name in node.inputs if b.scope.constant(name) is not None}
+    numbers = {name: b.scalar(name) for name in node.inputs if b.is_stored(name)}
     if any(number is None for number in numbers.values()):
         raise Inexpressible(f"a {node.op_type} with a stored tensor of several elements that is no layer's")
     flows = {name: b.flow(name) for name in node.inputs if name not in numbers}
@@ -111,8 +117,7 @@ def _joining(b: Builder) -> None:
     if len(orders) > 1 or len({flow.rank for flow in flows.values()}) > 1:
         flows = {name: b.plain(flow) for name, flow in flows.items()}
     first = next(iter(flows.values()))
-    wide = {flow.rank for flow in flows.values()} | {len(_stored(b, name).shape) for name in numbers}
-    if max(wide) > max(flow.rank for flow in flows.values()):
+    if any(len(b.scope.shape_of(name) or ()) > max(flow.rank for flow in flows.values()) for name in numbers):
         raise Inexpressible(f"a {node.op_type} that adds axes")
     sizes = _broadcast([flow.sizes for flow in flows.values()])
     values = [
@@ -130,10 +135,6 @@ def _joining(b: Builder) -> None:
     b.alike(*same, y)
     if first.channels:
         b.flows[node.outputs[0]] = Flow(y.value, y.sizes, y.dtype, y.order, first.channels)
-
-
-def _stored(b: Builder, value: str) -> Any:
-    return b.scope.constant(value)
 
 
 def windows(n: int | None, k: int, s: int, before: int, after: int, d: int = 1, ceil: bool = False) -> int | None:
@@ -305,7 +306,16 @@ def _squeeze(b: Builder) -> None:
         axes = tuple(i for i, n in enumerate(x.sizes) if n == 1)
     if 0 in axes:
         raise Inexpressible("a Squeeze of the first axis")
-    b.make("Squeeze", [x], tuple(n for i, n in enumerate(x.sizes) if i not in axes), {"axes": axes})
+    _squeezed(b, x, axes)
+
+
+def _squeezed(b: Builder, x: Flow, axes: Sequence[int]) -> None:
+    """A Squeeze; a Flatten where it leaves one axis, for frameworks that have no Squeeze."""
+    sizes = tuple(n for i, n in enumerate(x.sizes) if i not in axes)
+    if len(sizes) == 2 and all(x.sizes[axis] == 1 for axis in axes):
+        b.make("Flatten", [x], sizes, {"axis": 1})
+    else:
+        b.make("Squeeze", [x], sizes, {"axes": tuple(axes)})
 
 
 def _unsqueeze(b: Builder) -> None:
@@ -323,10 +333,6 @@ def _unsqueeze(b: Builder) -> None:
 
 
 def _concat(b: Builder) -> None:
-    lifted = [b.flows.get(name) for name in b.node.inputs]
-    if int(b.attribute("axis", 1)) == 0 and all(isinstance(one, Lifted) for one in lifted):
-        b.flows[b.node.outputs[0]] = Lifted(tuple(part for one in lifted for part in one.parts))  # type: ignore[union-attr]
-        return
     flows = [b.take(name) for name in b.node.inputs]
     axis = int(b.attribute("axis", 1)) % flows[0].rank
     if axis == 0:
@@ -352,7 +358,15 @@ def _slice(b: Builder) -> None:
     steps = b.known(4, "", "a Slice") or (1,) * len(starts)
     if any(step < 1 for step in steps):
         raise Inexpressible("a Slice that runs backwards")
-    axes = tuple(axis % x.rank for axis in axes)
+    ranges = [
+        (axis % x.rank, start, end, step)
+        for axis, start, end, step in zip(axes, starts, ends, steps, strict=True)
+        if (start, step) != (0, 1) or end < (x.sizes[axis % x.rank] or _END)
+    ]
+    if not ranges:
+        _passed(b)
+        return
+    axes, starts, ends, steps = zip(*ranges, strict=True)
     if 0 in axes:
         raise Inexpressible("a Slice of the first axis")
     ends = tuple(max(min(end, _END), -_END) for end in ends)
@@ -404,7 +418,7 @@ def _gather(b: Builder) -> None:
         return
     one = b.part("Slice", x, kept, cut, "position")
     b.alike(x, one)
-    b.make("Squeeze", [one], (*x.sizes[:axis], *x.sizes[axis + 1 :]), {"axes": (axis,)})
+    _squeezed(b, one, (axis,))
 
 
 _PAD_MODES = ("constant", "reflect", "edge", "wrap")
@@ -483,6 +497,9 @@ def _scales(b: Builder, place: int, attribute: str) -> tuple[float, ...] | None:
     if not value:
         given = b.attribute(attribute)
         return tuple(float(n) for n in given) if isinstance(given, tuple) and given else None
+    maker = b.scope.makers.get(value)
+    if maker is not None and isinstance(maker.attributes.get("value_floats"), tuple):
+        return tuple(float(n) for n in maker.attributes["value_floats"])  # type: ignore[union-attr, arg-type]
     stored = b.scope.floats(value)
     if stored is None:
         raise Inexpressible("a Resize by scales that are computed")
@@ -563,6 +580,7 @@ OPERATORS: Mapping[str, Rule] = {
     **dict.fromkeys(("ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum"), _reduce),
     **dict.fromkeys(("Resize", "Upsample"), _resize),
     "Cast": _cast,
+    "CastLike": _cast_like,
     "Celu": _same(_float("alpha", 1.0)),
     "Clip": _clip,
     "Concat": _concat,

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from neutral.containers.onnx import NodeProto
 from neutral.conventions.onnx_layers import FoundLayer
-from neutral.exporters.onnx_flow import Builder, Flow, Inexpressible, Lifted
+from neutral.exporters.onnx_flow import Builder, Flow, Inexpressible, Lifted, Sizes
 from neutral.schema.graph import Attribute, Node
 
 _TIME, _WAYS, _BATCH, _UNITS, _ONE = "t", "d", "b", "u", "1"
@@ -98,6 +99,10 @@ class Steps:
     merge: str | None = None
     backwards: bool = False
 
+    @property
+    def shape(self) -> Sizes:
+        return tuple(_sizes(self.source)[axis] for axis in self.axes)
+
     def settled(self, b: Builder) -> Flow:
         """The value of the graph that this is, or `Inexpressible`."""
         kind = "sequence" if self.kind == "Y" else "last"
@@ -160,12 +165,15 @@ def _states(b: Builder, ways: int, batch_first: bool) -> list[Flow]:
     names = [b.value_of(place) for place in places]
     if all(not name or b.scope.zero(name) for name in names):
         return []
-    found = []
+    found: list[Sequence[Flow]] = []
     for name in names:
         if not name or b.scope.zero(name):
             raise Inexpressible("one of two first states")
         lifted = b.flows.get(name)
-        found.append(lifted.parts if isinstance(lifted, Lifted) else _unlifted(b, name, ways, batch_first))
+        if isinstance(lifted, Lifted):
+            found.append([b.plain(part if isinstance(part, Flow) else b.settled(part)) for part in lifted.parts])
+        else:
+            found.append(_unlifted(b, name, ways, batch_first))
     if any(len(parts) != ways for parts in found):
         raise Inexpressible("first states of another number of directions")
     return [parts[way] for way in range(ways) for parts in found]
@@ -192,13 +200,44 @@ def _unlifted(b: Builder, name: str, ways: int, batch_first: bool) -> Sequence[F
 def followed(b: Builder, node: NodeProto) -> bool:
     """True if the node rearranges an output of a recurrent operator, which then goes on being one."""
     steps = b.flows.get(node.inputs[0]) if node.inputs else None
-    if not isinstance(steps, Steps) or node.op_type not in _FOLLOWED:
-        return False
     b.node = node
-    made = _FOLLOWED[node.op_type](b, steps)
+    made: Sequence[Any] = ()
+    if isinstance(steps, Steps) and node.op_type in _FOLLOWED:
+        made = _FOLLOWED[node.op_type](b, steps)
+    elif node.op_type == "Concat":
+        made = _stacked(b)
+    elif isinstance(steps, Lifted):
+        made = _picked(b, steps)
     for name, one in zip(node.outputs, made, strict=False):
         b.flows[name] = one
     return bool(made)
+
+
+def _stacked(b: Builder) -> list[Lifted]:
+    """States of several layers or directions along a first axis."""
+    parts: list[Any] = []
+    for name in b.node.inputs:
+        one = b.flows.get(name)
+        if isinstance(one, Lifted):
+            parts += one.parts
+        elif isinstance(one, Steps) and one.axes[0] == _WAYS:
+            parts += [_of_way(_without(one, {0}), way) for way in range(one.source.ways)]
+        else:
+            return []
+    return [Lifted(tuple(parts))] if parts and b.attribute("axis") == 0 else []
+
+
+def _picked(b: Builder, lifted: Lifted) -> list[Any]:
+    """One of several states, or all of them as they are."""
+    if b.node.op_type == "Identity":
+        return [lifted]
+    if b.node.op_type != "Gather" or b.attribute("axis", 0) != 0:
+        return []
+    stored = b.scope.constant(b.value_of(1))
+    index = b.scope.numbers(b.value_of(1))
+    if stored is None or stored.shape or index is None or index[0] is None:
+        return []
+    return [lifted.parts[index[0]]] if -len(lifted.parts) <= index[0] < len(lifted.parts) else []
 
 
 def _moved(b: Builder, steps: Steps) -> list[Steps]:
@@ -222,13 +261,19 @@ def _without(steps: Steps, gone: set[int]) -> Steps:
     return replace(steps, axes=tuple(axis for i, axis in enumerate(steps.axes) if i not in gone))
 
 
+def _sizes(source: Recurrence) -> Mapping[str, int | None]:
+    """How long each axis is."""
+    batch, time, _ = source.x.sizes
+    joined = source.ways * source.units
+    return {_BATCH: batch, _TIME: time, _UNITS: source.units, _WAYS: source.ways, _ONE: 1, _JOINED: joined}
+
+
 def _reshaped(b: Builder, steps: Steps) -> list[Steps]:
     """Axes of one element left out, or the directions joined with the units behind them."""
     target = b.numbers(1, "shape")
     if target is None:
         return []
-    sizes = {_BATCH: steps.source.x.sizes[0], _TIME: steps.source.x.sizes[1], _UNITS: steps.source.units}
-    sizes |= {_WAYS: steps.source.ways, _ONE: 1, _JOINED: steps.source.ways * steps.source.units}
+    sizes = _sizes(steps.source)
     ones = {i for i in range(len(steps.axes)) if _is_one(steps, i)}
     if ones and len(target) == len(steps.axes) - len(ones):
         made = _without(steps, ones)
@@ -255,9 +300,14 @@ def _gathered(b: Builder, steps: Steps) -> list[Steps]:
     stored = b.scope.constant(b.value_of(1))
     index = b.scope.numbers(b.value_of(1))
     axis = int(b.attribute("axis", 0)) % len(steps.axes)
-    if stored is None or stored.shape or index is None or index[0] is None or steps.axes[axis] != _WAYS:
+    if stored is None or stored.shape or index is None or index[0] is None:
         return []
-    return [_of_way(_without(steps, {axis}), index[0])]
+    if steps.axes[axis] == _WAYS:
+        return [_of_way(_without(steps, {axis}), index[0])]
+    alone = steps.source.ways == 1 and steps.kind == "Y" and steps.backwards == steps.source.reversed
+    if steps.axes[axis] == _TIME and alone and index[0] == -1:
+        return [replace(_without(steps, {axis}), kind="H", backwards=False)]
+    return []
 
 
 def _of_way(steps: Steps, way: int) -> Steps:

@@ -149,6 +149,8 @@ def _last_axes_norm(b: Builder, found: FoundLayer, turned: Turned) -> None:
 
 def _einsum(b: Builder, found: FoundLayer, turned: Turned) -> None:
     equation = str(found.config["equation"])
+    if equation.count(",") != 1:
+        raise Inexpressible("an Einsum of several values")
     data, weights, out = equation_terms(equation)
     value = next(name for name in b.node.inputs if b.scope.constant(name) is None)
     x = b.take(value)
@@ -160,7 +162,7 @@ def _einsum(b: Builder, found: FoundLayer, turned: Turned) -> None:
     for letter, n in zip(_letters(data, stars), x.sizes, strict=True):
         sizes.setdefault(letter, n)
     made: Sizes = tuple(sizes[letter] for letter in _letters(out, stars))
-    settings: dict[str, Attribute] = {"equation": equation, "bias_axes": out[-1] if "B" in found.tensors else ""}
+    settings: dict[str, Attribute] = {"equation": equation, "bias_axes": str(found.config.get("bias_axes", ""))}
     b.make("Einsum", [x], made, settings, layer=found.path)
 
 

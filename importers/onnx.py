@@ -6,9 +6,10 @@ fill(Path("model.onnx"), {"fc.weight": kernel, ...}, Path("new.onnx"))   the mod
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from neutral.containers.elements import element_bytes
 from neutral.containers.files import refuse_same
@@ -52,6 +53,15 @@ def fill(
                 stored[place] = data
         raise_all(Refused, problems)
         replace_tensors(opened, stored, out, force=force)
+
+
+def fill_live(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Give an `onnx.ModelProto` in memory other elements."""
+    with tempfile.TemporaryDirectory(prefix="neutral-") as folder:
+        old, new = Path(folder) / "old.onnx", Path(folder) / "new.onnx"
+        old.write_bytes(model.SerializeToString())
+        fill(old, tensors, new)
+        model.ParseFromString(new.read_bytes())
 
 
 def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = False) -> None:

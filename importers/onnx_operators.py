@@ -210,9 +210,9 @@ def _slice(c: Call) -> None:
 def _resize(c: Call) -> None:
     given = c.node.attributes
     names = ("mode", "coordinate_transformation_mode", "nearest_mode", "cubic_coeff_a")
-    settings = {name: given[name] for name in names if given.get(name) is not None}
+    settings: dict[str, Any] = {name: given[name] for name in names if given.get(name) is not None}
     if "cubic_coeff_a" in settings:
-        settings["cubic_coeff_a"] = float(settings["cubic_coeff_a"])  # type: ignore[arg-type]
+        settings["cubic_coeff_a"] = float(settings["cubic_coeff_a"])
     scales = node_settings.scales_of(c.node, c.rank)
     if scales is not None:
         factors = c.constant("scales", np.asarray((1.0, 1.0, *scales), np.float32))
@@ -268,7 +268,9 @@ def _constant(c: Call) -> None:
 
 def _lrn(c: Call) -> None:
     size = int(c.number("size", 1))
-    settings = {name: c.number(name, default) for name, default in (("alpha", 1e-4), ("beta", 0.75), ("bias", 1.0))}
+    settings: dict[str, Any] = {
+        name: c.number(name, default) for name, default in (("alpha", 1e-4), ("beta", 0.75), ("bias", 1.0))
+    }
     c.emit("LRN", [c.x], c.out, size=size, **settings)
 
 
@@ -292,7 +294,7 @@ def _celu(c: Call) -> None:
 
 def _shrink(c: Call) -> None:
     """ONNX has it for all numbers but bfloat16."""
-    settings = {"lambd": c.number("lambd", 0.5), "bias": c.number("bias", 0.0)}
+    settings: dict[str, Any] = {"lambd": c.number("lambd", 0.5), "bias": c.number("bias", 0.0)}
     if c.dtype != "bfloat16":
         c.emit("Shrink", [c.x], c.out, **settings)
         return

@@ -43,6 +43,7 @@ BUILT_IN: tuple[Framework, ...] = (
         files=(
             Format("keras", ".keras", (".keras",), whole=True),
             Format("weights.h5", ".weights.h5 (Keras 2 and 3)", (".weights.h5",)),
+            Format("weights.json", ".weights.json and its shards (Keras 3)", (".weights.json",), new=False),
             Format("h5", ".h5 (whole model, Keras 1 to 3)", (".h5", ".hdf5"), whole=True),
             Format("keras-folder", ".keras unzipped", (), new=False, whole=True, folder=True),
         ),
@@ -97,6 +98,19 @@ BUILT_IN: tuple[Framework, ...] = (
         live=signatures.live_flax,
     ),
     Framework(
+        name="equinox",
+        exporter="neutral.exporters.equinox",
+        importer="neutral.importers.equinox",
+        convention_at="neutral.conventions.equinox:EQUINOX",
+        files=(Format("eqx", ".eqx (leaves without names)", (".eqx",)),),
+        target="neutral.importers.equinox_classes",
+        packages=("equinox",),
+        extra="equinox",
+        signature=signatures.equinox,
+        live=signatures.live_equinox,
+        chain=any_chain,
+    ),
+    Framework(
         name="onnx",
         exporter="neutral.exporters.onnx",
         importer="neutral.importers.onnx",
@@ -119,7 +133,7 @@ BUILT_IN: tuple[Framework, ...] = (
             Format(
                 "layers-model",
                 "model.json and its shards (TensorFlow.js layers model)",
-                (".tfjs", ".json"),
+                (".tfjs",),
                 whole=True,
                 folder=True,
                 bare=True,

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from neutral.containers.eqx import is_eqx
 from neutral.containers.files import SourceFile
 from neutral.containers.orbax import holds_checkpoint
 from neutral.containers.paddle_file import holds_tables
@@ -169,10 +170,20 @@ def torch(probe: Probe) -> str | None:
 def keras(probe: Probe) -> str | None:
     if probe.container == "hdf5":
         return "weights.h5" if suffix_of(probe.path) == ".weights.h5" else "h5"
+    if _maps_to_hdf5(probe.json.get("weight_map")):
+        return "weights.json"
     weights = ("model.weights.h5", "model.weights.npz")
     if "config.json" in probe.members and any(name in probe.members for name in weights):
         return "keras"
     return "keras-folder" if probe.has("config.json", "model.weights.h5") else None
+
+
+def _maps_to_hdf5(weight_map: object) -> bool:
+    """True for the map of sharded weights: groups of variables and the HDF5 files, one or several, that hold them."""
+    if not isinstance(weight_map, dict):
+        return False
+    shards = [shard for told in weight_map.values() for shard in (told if isinstance(told, list) else [told])]
+    return bool(shards) and all(isinstance(shard, str) and shard.endswith(".h5") for shard in shards)
 
 
 def tensorflow(probe: Probe) -> str | None:
@@ -301,3 +312,16 @@ def live_flax(model: object) -> bool:
     while isinstance(value, Mapping) and value:
         value = next(iter(value.values()))
     return type(value).__module__.partition(".")[0] in ("numpy", "jax", "jaxlib", "flax")
+
+
+def equinox(probe: Probe) -> str | None:
+    """Records of `.npy`; a single one under that suffix is an array of NumPy's own."""
+    return "eqx" if is_eqx(probe.head) and suffix_of(probe.path) != ".npy" else None
+
+
+def live_equinox(model: object) -> bool:
+    """A module, or a module and its state."""
+    is_module = instance_of(("equinox", "Module"))
+    if isinstance(model, tuple | list) and len(model) == 2:
+        return is_module(model[0]) and instance_of(("equinox", "State"))(model[1])
+    return is_module(model)

@@ -34,7 +34,7 @@ from neutral.errors import BadFile, Problem, Refused, Unsupported, raise_all
 from neutral.native import Stored, Tensor
 
 MOST_RECORDS = 1 << 15
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Record:
     def dtype(self, where: str, known: np.dtype[Any] | None = None) -> np.dtype[Any]:
         """The dtype of the elements, which for raw bytes is the one `known` from elsewhere."""
         if PLAIN.fullmatch(self.header.descr):
-            return np.dtype(self.header.descr)
+            plain: np.dtype[Any] = np.dtype(self.header.descr)
+            return plain
         if known is not None and known.kind not in "biufc" and known.itemsize == self.itemsize:
             return known
         if self.itemsize == 2:

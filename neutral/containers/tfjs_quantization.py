@@ -64,7 +64,8 @@ class Quantization:
             steps = (
                 np.rint((values.astype(np.float64) - self.low) / self.scale) if self.scale else np.zeros(values.shape)
             )
-            return np.nan_to_num(np.clip(steps, 0, np.iinfo(self.stored).max)).astype(self.stored)
+            found: Array = np.nan_to_num(np.clip(steps, 0, np.iinfo(self.stored).max)).astype(self.stored)
+            return found
 
 
 def _same_bits(one: Array, other: Array) -> bool:

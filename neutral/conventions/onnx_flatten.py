@@ -118,6 +118,8 @@ def _through_layer(layer: Used, seen: Seen, found: Crossings) -> Seen:
     if cls in ("Gemm", "MatMul", "Einsum"):
         size = shape[0] * shape[1] // layer.made if len(shape) == 2 and layer.made else 0
         found.name(layer.number, "in", seen, size)
+        if seen.order == DIVIDED:
+            found.forget(seen.pending)
         if seen.order == IMAGE:
             return Seen(MIXED, rank=seen.rank)
         return Seen(PLAIN, layer.made, 2 if cls == "Gemm" else seen.rank, ((layer.number, "out"),))

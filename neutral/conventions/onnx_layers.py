@@ -53,6 +53,10 @@ _SETTINGS: Mapping[str, tuple[int, ...]] = {
 _QUANTIZED = ("DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "QuantizeLinear")
 _SPREADING = ("Expand", "Identity", "Cast", "Slice", "Reshape", "Unsqueeze", "Squeeze", "Tile", "Concat")
 _MOST_STEPS = 64
+_FOLDED = {
+    "folded": "a batch normalization was computed into its weights",
+    "computed": "the exporter computed its weights, and does not say of what (a batch normalization may be in them)",
+}
 _INITIAL_STATES = (5, 6)
 _LARGEST_STATE = 1 << 24
 
@@ -145,7 +149,7 @@ class _Candidate:
     config: dict[str, Any]
     nodes: list[NodeProto]
     factors: dict[str, float] = field(default_factory=dict)
-    folded: bool = False
+    folded: str = ""
     values: list[str] = field(default_factory=list)
     """What the graph calls its tensors where they are used."""
 
@@ -264,9 +268,7 @@ class _Finder:
                 name = _unique(_tensor_name(expression, path, local, seen), seen)
                 views[local] = View(name, expression, candidate.factors.get(local, 1.0))
             if candidate.folded:
-                self.notes.append(
-                    f"{path}: a batch normalization is computed into its weights; they are not those of the layer alone"
-                )
+                self.notes.append(f"{path}: {_FOLDED[candidate.folded]}; they are not the layer's own")
             why = refusal(str(candidate.cls), candidate.config) or candidate.config.get("odd", "")
             if "P" in views:
                 why = "; ".join(part for part in (why, "peepholes") if part)
@@ -423,23 +425,40 @@ def _bias_behind(scope: Scope, node: NodeProto, candidate: _Candidate) -> list[t
     if _belongs_elsewhere(weight, bias):
         return []
     candidate.expressions["B"] = _flat(bias)
-    candidate.nodes.append(adds)
-    return [(adds, value)]
+    candidate.nodes += adds
+    return [(adds[-1], value)]
 
 
-def _added(scope: Scope, node: NodeProto) -> tuple[NodeProto, str, Expression] | None:
-    """The one node behind another if it adds a constant: the node, and the constant with its name."""
-    adds = scope.only_user(node.outputs[0])
+def _added(scope: Scope, node: NodeProto) -> tuple[list[NodeProto], str, Expression] | None:
+    """The one node behind another if it adds a constant: what is between them and the node, and the constant with its name."""
+    made = node.outputs[0]
+    adds = scope.only_user(made)
+    between: list[NodeProto] = []
+    for _ in range(_MOST_STEPS):
+        if adds is None or not _changes_nothing(scope, node, adds):
+            break
+        between.append(adds)
+        made = adds.outputs[0]
+        adds = scope.only_user(made)
     if adds is None or adds.op_type != "Add" or adds.domain or len(adds.inputs) != 2:
         return None
-    value = adds.inputs[1] if adds.inputs[0] == node.outputs[0] else adds.inputs[0]
+    value = adds.inputs[1] if adds.inputs[0] == made else adds.inputs[0]
     bias = scope.floats(value)
-    return None if bias is None or not undoable(bias) else (adds, value, bias)
+    return None if bias is None or not undoable(bias) else ([*between, adds], value, bias)
+
+
+def _changes_nothing(scope: Scope, node: NodeProto, behind: NodeProto) -> bool:
+    """True for a node behind one with weights that gives its result on as it is."""
+    if behind.domain or len(behind.outputs) != 1:
+        return False
+    weights = [found for value in node.inputs if (found := scope.floats(value)) is not None]
+    same = weights and behind.attributes.get("to") == next(leaves(weights[0])).tensor.code
+    return behind.op_type == "Identity" or (behind.op_type == "Cast" and bool(same))
 
 
 def _belongs_elsewhere(weight: Expression, bias: Expression) -> bool:
     """True if names say that a bias is not of the layer whose weight this is."""
-    stems = [common_stem(leaf.name for leaf in leaves(part)) for part in (weight, bias)]
+    stems = [common_stem(leaf.tensor.name for leaf in leaves(part)) for part in (weight, bias)]
     return all(stems) and stems[0] != stems[1]
 
 
@@ -510,8 +529,8 @@ def _einsum_bias(
         return []
     candidate.expressions["B"] = bias
     candidate.config["bias_axes"] = made
-    candidate.nodes.append(adds)
-    return [(adds, value)]
+    candidate.nodes += adds
+    return [(adds[-1], value)]
 
 
 def _same_as(candidate: _Candidate) -> Any:
@@ -589,7 +608,7 @@ def _is_stack(members: list[_Candidate]) -> bool:
 def _wanted_path(candidate: _Candidate) -> str:
     node = candidate.nodes[0]
     own = common_stem(candidate.values) or common_stem(
-        leaf.name for e in candidate.expressions.values() for leaf in leaves(e)
+        leaf.tensor.name for e in candidate.expressions.values() for leaf in leaves(e)
     )
     module = module_of(node)
     path = own or module
@@ -598,7 +617,8 @@ def _wanted_path(candidate: _Candidate) -> str:
         path = module
     if not path:
         path = node.name or next((name for name in node.outputs if name), candidate.cls or "layer")
-    return f"{path}_folded" if candidate.folded else path
+    # Folded weights must not pass for those of the layer that had the name.
+    return f"{path}_{candidate.folded}" if candidate.folded else path
 
 
 def _tensor_name(expression: Expression, path: str, local: str, seen: set[str]) -> str:

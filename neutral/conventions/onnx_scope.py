@@ -189,9 +189,14 @@ class Scope:
                 return (None,) if first is None else first
             case "Expand":
                 return first if first is not None and len(parts) == 2 and parts[1] == (len(first),) else None
+            case "Gather" if first is None and len(parts) == 2 and parts[1] is not None:
+                # Looked up in something that is not known: numbers, all the same.
+                return (None,) * len(parts[1])
             case "Gather" if first is not None and len(parts) == 2 and parts[1] is not None:
                 places = [n for n in parts[1] if n is not None and -len(first) <= n < len(first)]
                 return tuple(first[n] for n in places) if len(places) == len(parts[1]) else None
+            case "Slice" if None not in parts[1:3]:
+                return _cut_numbers(first, parts)
             case "Add" | "Sub" | "Mul" | "Div" if len(parts) == 2:
                 return _computed(node.op_type, first, parts[1])
             case "Range" if all(part is not None and len(part) == 1 for part in parts) and len(parts) == 3:
@@ -258,6 +263,19 @@ def _numbers_of(expression: Expression) -> Numbers | None:
     if tensor.dtype.kind not in "iu":
         return None
     return tuple(int(n) for n in tensor.read().reshape(-1))
+
+
+def _cut_numbers(numbers: Numbers | None, parts: list[Numbers | None]) -> Numbers | None:
+    """A Slice of a list: one start and one end, steps of one."""
+    start, stop = parts[1], parts[2]
+    rest = [part for part in parts[3:] if part not in ((0,), (-1,))] if len(parts) > 3 else []
+    if start is None or stop is None or len(start) != 1 or len(stop) != 1 or any(part != (1,) for part in rest):
+        return None
+    if start[0] is None or stop[0] is None:
+        return None
+    if numbers is None:
+        return (None,) if start[0] >= 0 and stop[0] == start[0] + 1 else None
+    return numbers[start[0] : stop[0]]
 
 
 def _computed(op: str, one: Numbers | None, other: Numbers | None) -> Numbers | None:

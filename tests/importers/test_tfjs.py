@@ -121,7 +121,7 @@ def test_what_its_layers_do_not_compute_is_refused(module: Any, says: str, tmp_p
 def test_shards_of_another_name_leave_a_model_beside_them_alone(tmp_path: Path) -> None:
     torch.save(random(nn.Sequential(nn.Linear(3, 4))), tmp_path / "m.pt")
     for name in ("model.json", "other.json"):
-        neutral.convert(tmp_path / "m.pt", tmp_path / name)
+        neutral.convert(tmp_path / "m.pt", tmp_path / name, to="tfjs")
     found = sorted(path.name for path in tmp_path.glob("*.bin"))
     assert found == ["group1-shard1of1.bin", "other-group1-shard1of1.bin"]
 
