@@ -220,7 +220,9 @@ def test_a_slope_belongs_to_the_axis_that_it_reaches(
 ) -> None:
     found = layers(model_of(tmp_path / "x.onnx", [node("PRelu", "x s", "y")], {"s": normal(*slope)}, {"x": shape}))
     (layer,) = found.values()
-    assert (layer.kind, layer.tensors["slope"].data.shape) == ("prelu", expected) if expected else layer.kind == "unknown"
+    assert (
+        (layer.kind, layer.tensors["slope"].data.shape) == ("prelu", expected) if expected else layer.kind == "unknown"
+    )
 
 
 def test_a_group_norm_with_one_scale_a_group_is_kept_as_it_is(tmp_path: Path) -> None:
@@ -248,7 +250,12 @@ def test_a_flatten_of_a_turned_image(last: bool, turned: bool, tmp_path: Path) -
 
 def test_a_dense_layer_in_front_of_an_image(tmp_path: Path) -> None:
     weights = {"w": normal(3, 36), "b": normal(36), "shape": np.array([0, 4, 3, 3]), "k": normal(2, 4, 2, 2)}
-    nodes = [node("Gemm", "x w b", "g"), node("Relu", "g", "a"), node("Reshape", "a shape", "r"), node("Conv", "r k", "y")]
+    nodes = [
+        node("Gemm", "x w b", "g"),
+        node("Relu", "g", "a"),
+        node("Reshape", "a shape", "r"),
+        node("Conv", "r k", "y"),
+    ]
     model = read(model_of(tmp_path / "x.onnx", nodes, weights, {"x": ["n", 3]}))
     assert {"out": 4} in model.splits.values()
 
