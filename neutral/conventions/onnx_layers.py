@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from neutral import rules
-from neutral.containers.onnx import ModelProto, NodeProto, named_tensors
+from neutral.containers.onnx import GraphProto, ModelProto, NodeProto, named_tensors
 from neutral.containers.onnx_constants import Expression, Leaf, Permuted, Reshaped, backward, forward, leaves, undoable
 from neutral.containers.onnx_tensors import DTYPES, STRING
 from neutral.conventions.onnx import RECURRENT, refusal
@@ -109,6 +109,9 @@ def layers_of(model: ModelProto, where: str) -> FoundLayers:
     finder = _Finder(model.opset, names)
     scope = Scope(model.graph, model.opset, names)
     finder.graph(scope)
+    for function in model.functions:
+        body = GraphProto(function.name, function.nodes)
+        finder.graph(Scope(body, function.opsets.get("", model.opset), names))
     raise_all(Unsupported, _unreadable(model, where))
     crossings = finder.crossings(scope)
     for number, axes in crossings.turned.items():
@@ -161,6 +164,7 @@ class _Finder:
         self.candidates: list[_Candidate] = []
         self.loose: list[tuple[Leaf, NodeProto | None]] = []
         self.notes: list[str] = []
+        self._used: set[str] = set()
         self._shared: dict[Any, _Candidate] = {}
 
     def graph(self, scope: Scope) -> None:
@@ -221,27 +225,38 @@ class _Finder:
 
     def _loose(self, scope: Scope, claimed: set[tuple[int, str]]) -> None:
         """Uses of stored tensors in which they are no weights of a layer that is known, and tensors without a use."""
-        used: set[str] = set()
         for node in scope.graph.nodes:
             if any(scope.constant(value) is not None for value in node.outputs[:1]):
                 continue
             for place, value in enumerate(node.inputs):
                 expression = scope.constant(value)
                 if expression is None:
+                    self._listed(scope, node, value, place)
                     continue
                 for leaf in leaves(expression):
-                    used.add(leaf.name)
+                    self._used.add(leaf.name)
                     if (id(node), value) not in claimed and _is_weight(leaf, node, place, _starts_only(scope, node)):
                         self.loose.append((leaf, node))
         for name, tensor in scope.graph.initializers.items():
             leaf = Leaf(scope.name_of(tensor), tensor)
             if (
                 tensor.data is not None
-                and leaf.name not in used
+                and leaf.name not in self._used
                 and name not in scope.users
                 and _is_weight(leaf, None, 0, False)
             ):
                 self.loose.append((leaf, None))
+
+    def _listed(self, scope: Scope, node: NodeProto, value: str, place: int) -> None:
+        """Say it of numbers with a fraction that a node has in its attributes, not as a tensor."""
+        maker = scope.makers.get(value)
+        if maker is None or maker.op_type != "Constant" or place in _SETTINGS.get(node.op_type, ()):
+            return
+        listed = maker.attributes.get("value_floats")
+        if isinstance(listed, tuple) and len(listed) > 1:
+            self.notes.append(
+                f"{value}: {len(listed)} numbers of the graph itself, which are no tensor and are left out"
+            )
 
     def crossings(self, scope: Scope) -> Crossings:
         """Which layers cross a Flatten, by their numbers."""
