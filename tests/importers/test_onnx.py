@@ -14,7 +14,7 @@ from neutral.errors import Refused
 from neutral.exporters.onnx import read
 from neutral.importers.onnx import fill, fill_live
 from neutral.native import from_array
-from tests.exporters.test_onnx import INPUTS, Net, exported, model_of, node, normal
+from tests.exporters.test_onnx import INPUTS, Net, model_of, node, normal
 
 
 def run(path: Path, *inputs: np.ndarray) -> list[np.ndarray]:
