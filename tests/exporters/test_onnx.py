@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,8 @@ def random_net() -> Net:
     return net
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The net's state dict, and the net as torch exports it in three ways."""
-    folder = tmp_path_factory.mktemp("exported")
+def export_net(folder: Path) -> Path:
+    """A folder with the net's state dict, and the net as torch exports it in three ways."""
     net = random_net()
     torch.save(net.state_dict(), folder / "net.pt")
     logging.disable(logging.CRITICAL)
@@ -69,7 +67,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     torch.onnx.export(net, INPUTS, str(folder / "optimized.onnx"), dynamo=True, verbose=False)
     torch.onnx.export(net, INPUTS, str(folder / "legacy.onnx"), dynamo=False)
     logging.disable(logging.NOTSET)
-    yield folder
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_net(tmp_path_factory.mktemp("exported"))
 
 
 def layers(path: Path) -> dict[str, CanonicalLayer]:
