@@ -11,7 +11,7 @@ import numpy as np
 from neutral.containers.onnx_building import Attribute, Described
 from neutral.containers.onnx_building import Node as Written
 from neutral.errors import Problem, Refused
-from neutral.native import NativeLayer, Tensor
+from neutral.native import NativeLayer
 from neutral.schema.graph import Graph, Node, Scalar
 from neutral.schema.kinds import AnyLayer
 
@@ -34,7 +34,9 @@ class Builder:
         """The names of each layer's initializers, by their local names."""
         self.dtype = dtype
         self.nodes: list[Written] = []
-        self.initializers: dict[str, Tensor] = {}
+        self.turned: set[tuple[str, str]] = set()
+        """Weights (layer, local name) that are the transpose of their initializer, which is another layer's, too."""
+        self.transposed: dict[str, str] = {}
         self.constants: dict[str, Scalar] = {}
         """Numbers of the graph, which become tensors of the dtype that they meet."""
         self._taken = {name for names in weights.values() for name in names.values()}
@@ -176,13 +178,19 @@ class Call:
 
     def weight(self, local: str) -> str:
         """The initializer of a local name, or nothing (an input that is left out) where the layer has none."""
-        return self.b.weights[self.node.layer or ""].get(local, "")
+        path = self.node.layer or ""
+        name = self.b.weights[path].get(local, "")
+        if (path, local) not in self.b.turned:
+            return name
+        if name not in self.b.transposed:
+            self.b.transposed[name] = self.emit("Transpose", [name], suffix="transpose", perm=[1, 0])
+        return self.b.transposed[name]
 
     def product(self, x: str, kernel: str, bias: str, into: str | None = None, suffix: str = "") -> str:
-        """x · kernel + bias over the last axis, the two being initializers of these local names."""
+        """x · kernel + bias over the last axis; the bias is an initializer of that local name, if the layer has it."""
         if not self.weight(bias):
-            return self.emit("MatMul", [x, self.weight(kernel)], into, suffix)
-        made = self.emit("MatMul", [x, self.weight(kernel)], None, suffix)
+            return self.emit("MatMul", [x, kernel], into, suffix)
+        made = self.emit("MatMul", [x, kernel], None, suffix)
         return self.emit("Add", [made, self.weight(bias)], into, ".".join(filter(None, (suffix, "add"))))
 
     def config(self, *names: str) -> dict[str, Any]:
