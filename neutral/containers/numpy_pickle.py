@@ -114,8 +114,10 @@ def text_of(value: object) -> str | None:
 
 def _fill_in(target: ArrayRef, shape: object, dtype: object, fortran: object, elements: object) -> None:
     """What the pickle says of an array; a `fault` where that makes no array of numbers."""
-    sizes = tuple(shape) if type(shape) in (tuple, list) else None  # type: ignore[call-overload]
-    if type(shape) is int:
+    sizes: tuple[Any, ...] | None = None
+    if isinstance(shape, tuple | list):
+        sizes = tuple(shape)
+    elif type(shape) is int:
         sizes = (shape,)
     found = _dtype(dtype)
     if sizes is None or len(sizes) > _RANK_LIMIT or any(type(n) is not int or not 0 <= n < 1 << 62 for n in sizes):

@@ -177,9 +177,9 @@ class PaddleFile:
 
     def dtype(self, saved: Saved) -> np.dtype[Any]:
         """The dtype that paddle gives an array when it is loaded; one that it does not have is `Refused`."""
-        stored = saved.array.dtype
+        stored: np.dtype[Any] = saved.array.dtype
         if stored == np.dtype("<u2"):
-            return np.dtype(ml_dtypes.bfloat16)
+            return DTYPES["bfloat16"]
         if stored.newbyteorder("=") not in DTYPES.values():
             problem = Problem(
                 str(self.path), f"an array of {stored}", f"one of {', '.join(DTYPES)}", "convert it first"

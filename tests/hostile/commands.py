@@ -27,8 +27,8 @@ SECONDS = 10
 MEGABYTES = 512
 _IMPORTED = (
     "neutral.cli",
-    *(f"neutral.exporters.{name}" for name in ("flax", "keras", "numpy", "paddle", "safetensors", "tensorflow", "torch")),
-    *(f"neutral.importers.{name}" for name in ("flax", "keras", "numpy", "paddle", "safetensors", "tensorflow", "torch")),
+    *(f"neutral.exporters.{name}" for name in ("flax", "keras", "mlx", "numpy", "paddle", "safetensors", "tensorflow", "torch")),
+    *(f"neutral.importers.{name}" for name in ("flax", "keras", "mlx", "numpy", "paddle", "safetensors", "tensorflow", "torch")),
 )
 
 
