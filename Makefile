@@ -1,7 +1,8 @@
 # make demo   LeNet-5 from torch to Keras, trained and compared here
 # make test   the whole test suite
 # make check  ruff, mypy, import-linter, the README table, the tests against the built wheel
-# make table  write the support table into the README
+# make table  measure what converts, write the support table into the README and docs/table.md
+# make chains 200 random models, 20 random walks each through five frameworks and back
 # make schema write the published JSON Schema of the manifest
 # make bench  speed and memory, beside cp and the hand-written way
 #
@@ -24,7 +25,7 @@ export TF_CPP_MIN_LOG_LEVEL := 3
 export TF_ENABLE_ONEDNN_OPTS := 0
 export KERAS_BACKEND := tensorflow
 
-.PHONY: demo test check lint types layers readme wheel table schema bench clean
+.PHONY: demo test check lint types layers readme wheel table chains schema bench clean
 
 demo: $(READY)
 	$(BIN)/python demo/lenet5.py
@@ -46,12 +47,17 @@ layers: $(READY)
 
 readme: $(READY)
 	$(BIN)/python -m tests.table --check
+	$(BIN)/python -m tests.pairs_table --check
 
 wheel: $(READY)
 	bash tests/wheel.sh $(BIN)/python $(WHEEL_TESTS)
 
 table: $(READY)
 	$(BIN)/python -m tests.table
+	$(BIN)/python -m tests.pairs_table
+
+chains: $(READY)
+	$(BIN)/python -m tests.chains 200 20
 
 schema: $(READY)
 	$(BIN)/python -c 'import json; from neutral.schema.manifest import json_schema; \

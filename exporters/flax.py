@@ -16,12 +16,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neutral.containers.pytree import PyTree, read_msgpack, read_orbax
+from neutral.containers.pytree import PyTree, read_msgpack, read_orbax, split_key
 from neutral.containers.safetensors import open_safetensors
 from neutral.conventions.flax import full_name, separator_of
-from neutral.errors import BadFile, Problem
-from neutral.exporters.flax_tree import choose, layers
+from neutral.errors import BadFile, Problem, printable
+from neutral.exporters.flax_live import live_arrays, with_class
+from neutral.exporters.flax_tree import WeightSet, choose, layers
 from neutral.native import NativeModel
+
+
+def read_live(model: Any) -> NativeModel:
+    """The weights of a dict of arrays, a FrozenDict, a State, a TrainState or an nnx.Module."""
+    live = live_arrays(model)
+    chosen = choose(live.leaves, None, type(model).__name__, live.identities)
+    found = layers(chosen.weights)
+    if live.classes:
+        places = {".".join(place): place for place in live.classes}
+        found = tuple(
+            with_class(layer, places[layer.path], live.classes) if layer.path in places else layer for layer in found
+        )
+    skipped = (f"{len(live.skipped)} PRNG keys are no weights, left out",) if live.skipped else ()
+    return NativeModel("flax", "live", found, collections=chosen.rest, notes=(*_notes(chosen), *skipped))
+
 
 _PLAIN = (type(None), bool, int, float, str, list, dict)
 """What of the entries that are no arrays JSON can keep."""
@@ -48,10 +64,18 @@ def _model(tree: PyTree, form: str, key: str | None, where: str, told: Mapping[s
             metadata["order"] = order
         if chosen.several:
             metadata["metadata"]["several"] = True
-        return NativeModel("flax", form, found, collections=chosen.rest, metadata=metadata, close=tree.close)
+        notes = _notes(chosen)
+        return NativeModel(
+            "flax", form, found, collections=chosen.rest, metadata=metadata, notes=notes, close=tree.close
+        )
     except BaseException:
         tree.close()
         raise
+
+
+def _notes(chosen: WeightSet) -> tuple[str, ...]:
+    names = chosen.left_out
+    return (f"arrays beside the weights, left out: {', '.join(printable(n, 80) for n in names[:10])}",) if names else ()
 
 
 def _remembered(tree: PyTree) -> dict[str, Any]:
@@ -61,7 +85,9 @@ def _remembered(tree: PyTree) -> dict[str, Any]:
 
 
 def _read_orbax(source: Path, key: str | None) -> NativeModel:
-    return _model(read_orbax(source, None), "orbax", key, str(source))
+    """`key` may name the step (or item), the set of weights in it, or both: `100/ema_params`."""
+    place, rest = split_key(source, key)
+    return _model(read_orbax(source, place), "orbax", rest, str(source))
 
 
 def _read_safetensors(source: Path, key: str | None) -> NativeModel:

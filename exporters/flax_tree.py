@@ -14,17 +14,18 @@ A tree may hold several sets (the raw weights and their moving average, two netw
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from neutral.containers.tree import Path
 from neutral.conventions.flax import ATTENTION_PARTS, CELLS, PARAMS, STATISTICS, full_name
 from neutral.errors import BadFile, Problem, Refused, printable, raise_all
+from neutral.exporters.flax_scan import unstacked
 from neutral.native import NativeLayer, NativeTensor, Tensor
 
 _NO_WEIGHTS: Final = re.compile(
-    r"opt(im\w*|_state\w*|s)?|tx|steps?|epochs?|iteration|(lr_?)?sched\w*|rngs?|\w*_rng|rng_\w*|random\w*|keys?|metrics?"
+    r"opt(im\w*|_state\w*|s)?|tx|steps?|epochs?|iteration|(lr_?)?sched\w*|rngs?|\w*_rng|rng_\w*|random\w*|metrics?"
     r"|loss(es)?|loss_scale|dynamic_scale|config|cfg|args|history|dropout_\w*",
     re.IGNORECASE,
 )
@@ -47,6 +48,11 @@ class WeightSet:
     several: bool = False
 
     @property
+    def left_out(self) -> list[str]:
+        """What lies beside the weights under names that do not say that it is none."""
+        return [name for name in self.rest if not _NO_WEIGHTS.fullmatch(name) and not _AVERAGE.search(name)]
+
+    @property
     def key(self) -> str:
         return ".".join(self.place)
 
@@ -63,8 +69,13 @@ class _Found:
     statistics: Path | None = None
 
 
-def choose(leaves: Mapping[Path, Tensor], key: str | None, where: str) -> WeightSet:
-    """The one set of weights in a tree, or the one that `key` (keys joined by dots) names; all else beside it."""
+def choose(
+    leaves: Mapping[Path, Tensor], key: str | None, where: str, identities: Mapping[Path, Hashable] | None = None
+) -> WeightSet:
+    """The one set of weights in a tree, or the one that `key` (keys joined by dots) names; all else beside it.
+
+    `identities` are equal for leaves that are one array.
+    """
     deep = next((path for path in leaves if len(path) > _DEEPEST), None)
     if deep is not None:
         raise BadFile(
@@ -88,7 +99,7 @@ def choose(leaves: Mapping[Path, Tensor], key: str | None, where: str) -> Weight
         )
     else:
         chosen = found[0]
-    return _weight_set(leaves, chosen, found, where)
+    return _weight_set(leaves, chosen, found, where, identities or {})
 
 
 def _nested(leaves: Mapping[Path, Tensor]) -> Node:
@@ -108,9 +119,8 @@ def _nested(leaves: Mapping[Path, Tensor]) -> Node:
 
 def _sets(node: Node, place: Path, depth: int) -> Iterator[_Found]:
     """Every set of weights at or below a node."""
-    params = node.get(PARAMS)
-    if isinstance(params, dict):
-        yield from _variables(node, params, place, depth)
+    if _is_variables(node):
+        yield from _variables(node, node.get(PARAMS, {}), place, depth)
         return
     branches = {name: child for name, child in node.items() if isinstance(child, dict)}
     plausible = {name: child for name, child in branches.items() if depth or not _NO_WEIGHTS.fullmatch(name)}
@@ -125,15 +135,21 @@ def _sets(node: Node, place: Path, depth: int) -> Iterator[_Found]:
             yield from inner
             return
     averages = [name for name in plausible if depth == 0 and _AVERAGE.search(name)]
-    if averages and len(plausible) > len(averages):
-        for name in plausible:
-            yield _Found((*place, name))
+    if averages:
+        statistics = (*place, STATISTICS) if STATISTICS in plausible else None
+        for name in [name for name in plausible if name != STATISTICS]:
+            yield _Found((*place, name), statistics)
     elif plausible or any(not isinstance(child, dict) for child in node.values()):
         yield _Found(place)
 
 
+def _is_variables(node: Node) -> bool:
+    """True for a dict of variables, a layer of statistics alone being one, too."""
+    return isinstance(node.get(PARAMS), dict) or (node.keys() == {STATISTICS} and isinstance(node[STATISTICS], dict))
+
+
 def _has_variables(node: Node, depth: int) -> bool:
-    if isinstance(node.get(PARAMS), dict):
+    if _is_variables(node):
         return True
     return depth < _DEEP and any(_has_variables(child, depth + 1) for child in node.values() if isinstance(child, dict))
 
@@ -158,7 +174,8 @@ def _variables(node: Node, params: Node, place: Path, depth: int) -> Iterator[_F
 
 def _below(root: Node, key: str) -> _Found | None:
     """What lies under keys joined by dots; a key may itself have dots in it."""
-    node, place, rest = root, (), key
+    node, rest = root, key
+    place: Path = ()
     while rest:
         names = [n for n, child in node.items() if isinstance(child, dict) and (rest == n or rest.startswith(n + "."))]
         if not names:
@@ -169,7 +186,13 @@ def _below(root: Node, key: str) -> _Found | None:
     return inner[0] if len(inner) == 1 else _Found(place)
 
 
-def _weight_set(leaves: Mapping[Path, Tensor], chosen: _Found, found: list[_Found], where: str) -> WeightSet:
+def _weight_set(
+    leaves: Mapping[Path, Tensor],
+    chosen: _Found,
+    found: list[_Found],
+    where: str,
+    identities: Mapping[Path, Hashable],
+) -> WeightSet:
     weights: dict[Path, NativeTensor] = {}
     rest: dict[str, list[NativeTensor]] = {}
     problems = []
@@ -184,7 +207,7 @@ def _weight_set(leaves: Mapping[Path, Tensor], chosen: _Found, found: list[_Foun
                 Problem(f"{where}: {_place_name(path)}", "a name among parameters and statistics", "each once")
             )
         else:
-            weights[relative] = NativeTensor(full_name(path), data)
+            weights[relative] = NativeTensor(full_name(path), data, identities.get(path))
     raise_all(Refused, problems)
     if not weights:
         raise BadFile(Problem(where, "no array that is a weight", "at least one", "is this a file of weights?"))
@@ -198,7 +221,7 @@ def _relative(path: Path, chosen: _Found) -> Path | None:
     for place in (chosen.params, chosen.statistics):
         if place is not None and path[: len(place)] == place and len(path) > len(place):
             relative = path[len(place) :]
-            return None if not place and _NO_WEIGHTS.fullmatch(relative[0]) and len(relative) > 1 else relative
+            return None if not place and _NO_WEIGHTS.fullmatch(relative[0]) else relative
     return None
 
 
@@ -213,15 +236,42 @@ def _without_value(weights: dict[Path, NativeTensor]) -> dict[Path, NativeTensor
 
 
 def layers(weights: Mapping[Path, NativeTensor]) -> tuple[NativeLayer, ...]:
-    """The layers of a set of weights, in the order of their first tensors; recurrent cells and attentions in one piece."""
+    """The layers of a set of weights, in the order of their first tensors; recurrent cells and attentions in one piece.
+
+    Those in a stack are layers of their own.
+    """
+    return grouped(unstacked(weights, grouped))
+
+
+def grouped(weights: Mapping[Path, NativeTensor]) -> tuple[NativeLayer, ...]:
     tree = _Tree.of(weights)
-    made: dict[str, dict[str, NativeTensor]] = {}
-    for path, tensor in weights.items():
+    made: dict[Path, dict[str, NativeTensor]] = {}
+    for name, tensor in weights.items():
+        path = _normalised(name, tree)
         at = tree.layer_of(path)
         local = "/".join(path[at:])
         state = tensor.state or "rngs" in path[:-1]
-        made.setdefault(".".join(path[:at]), {})[local] = NativeTensor(tensor.name, tensor.data, tensor.identity, state)
-    return tuple(NativeLayer(path, None, tensors) for path, tensors in made.items())
+        made.setdefault(path[:at], {})[local] = NativeTensor(tensor.name, tensor.data, tensor.identity, state)
+    return tuple(NativeLayer(".".join(path), None, tensors) for path, tensors in made.items())
+
+
+_OF_A_KERNEL: Final = re.compile(r"(.+)/kernel/scale")
+
+
+def _normalised(path: Path, tree: _Tree) -> Path:
+    """A leaf's path, that of a WeightNorm's scale beside the kernel that it scales.
+
+    Linen keeps it under a WeightNorm's own name, in a key that has the path of the kernel in it.
+    """
+    found = _OF_A_KERNEL.fullmatch(path[-1])
+    if found is None:
+        return path
+    inner = tuple(found[1].split("/"))
+    for above in (path[:-2], path[:-1]):
+        layer = (*above, *inner)
+        if "kernel" in tree.below.get(layer, ()):
+            return (*layer, "WeightNorm", "scale")
+    return path
 
 
 @dataclass(frozen=True)
@@ -242,6 +292,8 @@ class _Tree:
 
     def layer_of(self, path: Path) -> int:
         """How many keys of a leaf's path are those of its layer."""
+        if path[-2:] == ("WeightNorm", "scale"):
+            return len(path) - 2
         for at in range(len(path) - 1):
             node, name = path[:at], path[at]
             if name == "rngs":

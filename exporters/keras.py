@@ -17,7 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from neutral.containers.hdf5 import Attribute, Hdf5Source, natural
-from neutral.containers.keras_file import KerasFile, open_keras, parse_json
+from neutral.containers.json_text import parse_json
+from neutral.containers.keras_file import KerasFile, open_keras
 from neutral.conventions.keras_config import Config, Holder, Slot, is_keras2, is_model, layer_slots, slots, unwired
 from neutral.conventions.keras_live import live_object, live_variables
 from neutral.conventions.keras_variables import (

@@ -15,6 +15,7 @@ from neutral.containers.onnx import ModelProto, OnnxFile, open_onnx
 from neutral.containers.onnx_constants import leaves
 from neutral.conventions.onnx_layers import FoundLayer, View, layers_of
 from neutral.errors import BadFile, Problem, Unsupported, WrongUsage
+from neutral.exporters.onnx_graph import wired
 from neutral.native import NativeLayer, NativeModel, NativeTensor
 
 
@@ -48,15 +49,19 @@ def _model(opened: OnnxFile) -> NativeModel:
     layers = tuple(_layer(layer) for layer in found.layers)
     if not any(layer.tensors for layer in layers):
         raise BadFile(Problem(str(opened.path), "no weights", "at least one", "is this a file of weights?"))
-    return NativeModel(
+    model = NativeModel(
         framework="onnx",
         format="onnx",
         layers=layers,
+        splits=found.splits,
         ordered=False,
         metadata=_metadata(opened.model),
         notes=found.notes,
         close=opened.close,
+        unsettled=found.unsettled,
     )
+    return wired(model, opened.model, found)
+    return wired(model, opened.model, found)
 
 
 def _layer(found: FoundLayer) -> NativeLayer:

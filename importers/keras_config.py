@@ -93,7 +93,7 @@ def layer_classes(manifest: Manifest) -> dict[str, Form]:
     if own is not None:
         known = _walk(own)
         return {
-            layer.path: _unwrapped(known.get(_native_path(layer, known), (layer.native or layer.kind, {})))
+            layer.path: unwrapped(known.get(_native_path(layer, known), (layer.native or layer.kind, {})))
             for layer in weighed
         }
     names = layer_names(manifest)
@@ -111,10 +111,10 @@ def layer_classes(manifest: Manifest) -> dict[str, Form]:
                 config = {**config, "activation": layer.activation}
             found[layer.path] = cls, {"name": names[layer.path], **config}
     raise_all(Refused, problems)
-    return {layer.path: _unwrapped(found[layer.path]) for layer in weighed}
+    return {layer.path: unwrapped(found[layer.path]) for layer in weighed}
 
 
-def _unwrapped(form: Form) -> Form:
+def unwrapped(form: Form) -> Form:
     """A Bidirectional layer as the layer inside it, the way readers describe one; a class by its own name."""
     cls, config = form
     if cls == "GroupQueryAttention":  # the public name of keras.layers.GroupedQueryAttention
@@ -134,6 +134,13 @@ def model_config(manifest: Manifest) -> Config:
     own = _own_config(manifest)
     if own is not None and is_model(own):
         return own
+    builder, outputs = layers_of_graph(manifest)
+    raise_all(Refused, builder.problems)
+    return _assembled(builder, outputs)
+
+
+def layers_of_graph(manifest: Manifest) -> tuple[Builder, list[KerasTensor]]:
+    """The Keras layers that compute a manifest's graph, and its outputs; what none computes is in `problems`."""
     if manifest.graph is None:
         wanted = "one that says how the layers are wired"
         raise Refused(
@@ -145,8 +152,7 @@ def model_config(manifest: Manifest) -> Config:
         outputs = builder.outputs()
     except Inexpressible as reason:
         builder.problems.append(reason.problem("output"))
-    raise_all(Refused, builder.problems)
-    return _assembled(builder, outputs)
+    return builder, outputs
 
 
 def _built(manifest: Manifest, graph: Graph) -> Builder:
@@ -161,7 +167,7 @@ def _assembled(b: Builder, outputs: Sequence[KerasTensor]) -> Config:
         described = {"module": "keras.layers", "class_name": entry.cls, "config": entry.config, "registered_name": None}
         nodes = [{"args": args, "kwargs": kwargs} for args, kwargs in entry.nodes]
         layers.append({**described, "name": name, "inbound_nodes": nodes})
-    if _is_chain(b, outputs):
+    if is_chain(b, outputs):
         plain = [{k: v for k, v in layer.items() if k not in ("name", "inbound_nodes")} for layer in layers]
         return _model("Sequential", {"name": b.names.fresh("model"), "layers": plain})
     heads = [list(b.tensors[value].reference) for value in b.graph.inputs]
@@ -179,7 +185,7 @@ def _model(cls: str, config: Config) -> Config:
     return {"module": "keras", "class_name": cls, "config": config, "registered_name": None}
 
 
-def _is_chain(b: Builder, outputs: Sequence[KerasTensor]) -> bool:
+def is_chain(b: Builder, outputs: Sequence[KerasTensor]) -> bool:
     """True if each layer takes the whole output of the one before it, and nothing else."""
     if len(b.graph.inputs) != 1 or len(outputs) != 1:
         return False

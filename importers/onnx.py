@@ -6,9 +6,10 @@ fill(Path("model.onnx"), {"fc.weight": kernel, ...}, Path("new.onnx"))   the mod
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from neutral.containers.elements import element_bytes
 from neutral.containers.files import refuse_same
@@ -31,7 +32,11 @@ def fill(
     """
     with open_onnx(template) as opened:
         refuse_same(out, template)
-        views = {view.name: view for layer in layers_of(opened.model, str(template)).layers for view in layer.tensors.values()}
+        views = {
+            view.name: view
+            for layer in layers_of(opened.model, str(template)).layers
+            for view in layer.tensors.values()
+        }
         problems = []
         stored: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
@@ -41,11 +46,22 @@ def fill(
             for place, data in views[name].stored(tensor).items():
                 if place in stored and not _same(stored[place], data):
                     problems.append(
-                        Problem(name, f"other elements than another layer has in {place}", "the same, for the two are tied")
+                        Problem(
+                            name, f"other elements than another layer has in {place}", "the same, for the two are tied"
+                        )
                     )
                 stored[place] = data
         raise_all(Refused, problems)
         replace_tensors(opened, stored, out, force=force)
+
+
+def fill_live(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Give an `onnx.ModelProto` in memory other elements."""
+    with tempfile.TemporaryDirectory(prefix="neutral-") as folder:
+        old, new = Path(folder) / "old.onnx", Path(folder) / "new.onnx"
+        old.write_bytes(model.SerializeToString())
+        fill(old, tensors, new)
+        model.ParseFromString(new.read_bytes())
 
 
 def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = False) -> None:

@@ -143,13 +143,16 @@ class Call:
         self,
         op: str,
         inputs: Sequence[str] | None = None,
-        to: str | Sequence[str] | None = None,
+        into: str | Sequence[str] | None = None,
         suffix: str = "",
         **attributes: Any,
     ) -> str:
-        """Add an operator; gives its (first) output. Without `to` a new value is made."""
-        name = ".".join(filter(None, (self.name, suffix)))
-        outputs = [self.b.fresh(name)] if to is None else [to] if isinstance(to, str) else list(to)
+        """Add an operator; gives its (first) output. Without `into` a new value is made.
+
+        What belongs to a layer without being it has a name with a slash, which no reader takes for a layer's.
+        """
+        name = "/".join(filter(None, (self.name, suffix)))
+        outputs = [self.b.fresh(name)] if into is None else [into] if isinstance(into, str) else list(into)
         self.b.add(op, [self.x] if inputs is None else inputs, outputs, name, attributes)
         return outputs[0]
 
@@ -158,10 +161,15 @@ class Call:
         array = np.asarray(value)
         if dtype is not None:
             array = array.astype(numpy_dtype(dtype))
-        name = f"{self.name}.{suffix}"
+        name = f"{self.name}/{suffix}"
         output = self.b.fresh(name)
         self.b.add("Constant", (), (output,), name, {"value": array})
         return output
+
+    def filled(self, suffix: str, value: float, shape: Sequence[int]) -> str:
+        """A parameter of one number that the layer itself does not have."""
+        number = np.asarray([value]).astype(numpy_dtype(self.dtype))
+        return self.emit("ConstantOfShape", [self.ints(f"{suffix}.shape", *shape)], suffix=suffix, value=number)
 
     def ints(self, suffix: str, *values: int) -> str:
         return self.constant(suffix, np.asarray(values, np.int64))
@@ -170,12 +178,12 @@ class Call:
         """The initializer of a local name, or nothing (an input that is left out) where the layer has none."""
         return self.b.weights[self.node.layer or ""].get(local, "")
 
-    def product(self, x: str, kernel: str, bias: str, to: str | None = None, suffix: str = "") -> str:
+    def product(self, x: str, kernel: str, bias: str, into: str | None = None, suffix: str = "") -> str:
         """x · kernel + bias over the last axis, the two being initializers of these local names."""
         if not self.weight(bias):
-            return self.emit("MatMul", [x, self.weight(kernel)], to, suffix)
+            return self.emit("MatMul", [x, self.weight(kernel)], into, suffix)
         made = self.emit("MatMul", [x, self.weight(kernel)], None, suffix)
-        return self.emit("Add", [made, self.weight(bias)], to, ".".join(filter(None, (suffix, "add"))))
+        return self.emit("Add", [made, self.weight(bias)], into, ".".join(filter(None, (suffix, "add"))))
 
     def config(self, *names: str) -> dict[str, Any]:
         """Settings of the native layer that become attributes of the operator as they are."""

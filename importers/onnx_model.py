@@ -119,10 +119,18 @@ def _initializers(
                 name, count = wanted, 1
                 while name in weights:
                     name, count = f"{wanted}_{count}", count + 1
-                weights[name] = tensor.data
+                weights[name] = _stored(layer, tensor.data)
                 tied[key] = name
             own[local] = tied[key]
     return names, weights
+
+
+def _stored(layer: NativeLayer, tensor: Tensor) -> Tensor:
+    """A tensor as the operator wants it: slopes of channels end in axes of one element for the space behind them."""
+    behind = int(layer.config.get("slope_rank", 0)) - 1
+    if layer.cls != "PRelu" or len(tensor.shape) != 1 or behind < 1:
+        return tensor
+    return tensor.split(0, (tensor.shape[0], *(1,) * behind))
 
 
 def _source_names(manifest: Manifest) -> dict[tuple[str, str], str]:

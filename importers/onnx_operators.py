@@ -16,7 +16,7 @@ from neutral.containers.onnx_building import dtype_number
 from neutral.importers.onnx_attention import attention
 from neutral.importers.onnx_builder import Call, Rule
 from neutral.importers.onnx_recurrent import recurrent
-from neutral.schema import layer_sizes, node_settings
+from neutral.schema import node_settings
 
 
 def _same(*attributes: str) -> Rule:
@@ -115,7 +115,7 @@ def _batch_norm(c: Call) -> None:
         raise c.refuse("no statistics", "a mean and a variance")
     features = _features(c)
     neutral = (("scale", 1.0), ("B", 0.0))
-    affine = [c.weight(local) or c.constant(local, np.full(features, value), c.dtype) for local, value in neutral]
+    affine = [c.weight(local) or c.filled(local, value, (features,)) for local, value in neutral]
     c.emit(
         "BatchNormalization",
         [c.x, *affine, c.weight("mean"), c.weight("var")],
@@ -144,7 +144,7 @@ def _channel_norm(scale: str, bias: str) -> Rule:
             if c.node.op == "GroupNormalization":
                 settings["num_groups"] = int(c.number("num_groups", 1))
         found = [
-            (c.weight(local) if c.native is not None else "") or c.constant(local, np.full(features, value), c.dtype)
+            (c.weight(local) if c.native is not None else "") or c.filled(local, value, (features,))
             for local, value in ((scale, 1.0), (bias, 0.0))
         ]
         c.emit(c.node.op, [c.x, *found], c.out, **settings)
@@ -163,7 +163,7 @@ def _last_axes_norm(scale: str, bias: str) -> Rule:
             shape = c.shape()[axis % c.rank :]
             if None in shape:
                 raise c.refuse("sizes that are not known", "to know them, for a norm without weights")
-        found = (c.weight(scale) if c.native is not None else "") or c.constant(scale, np.ones(shape), c.dtype)  # type: ignore[arg-type]
+        found = (c.weight(scale) if c.native is not None else "") or c.filled(scale, 1.0, shape)  # type: ignore[arg-type]
         offset = c.weight(bias) if c.native is not None and bias else ""
         c.emit(c.node.op, [c.x, found, *filter(None, [offset])], c.out, **settings)
 
@@ -210,9 +210,9 @@ def _slice(c: Call) -> None:
 def _resize(c: Call) -> None:
     given = c.node.attributes
     names = ("mode", "coordinate_transformation_mode", "nearest_mode", "cubic_coeff_a")
-    settings = {name: given[name] for name in names if given.get(name) is not None}
+    settings: dict[str, Any] = {name: given[name] for name in names if given.get(name) is not None}
     if "cubic_coeff_a" in settings:
-        settings["cubic_coeff_a"] = float(settings["cubic_coeff_a"])  # type: ignore[arg-type]
+        settings["cubic_coeff_a"] = float(settings["cubic_coeff_a"])
     scales = node_settings.scales_of(c.node, c.rank)
     if scales is not None:
         factors = c.constant("scales", np.asarray((1.0, 1.0, *scales), np.float32))
@@ -268,7 +268,9 @@ def _constant(c: Call) -> None:
 
 def _lrn(c: Call) -> None:
     size = int(c.number("size", 1))
-    settings = {name: c.number(name, default) for name, default in (("alpha", 1e-4), ("beta", 0.75), ("bias", 1.0))}
+    settings: dict[str, Any] = {
+        name: c.number(name, default) for name, default in (("alpha", 1e-4), ("beta", 0.75), ("bias", 1.0))
+    }
     c.emit("LRN", [c.x], c.out, size=size, **settings)
 
 
@@ -292,7 +294,7 @@ def _celu(c: Call) -> None:
 
 def _shrink(c: Call) -> None:
     """ONNX has it for all numbers but bfloat16."""
-    settings = {"lambd": c.number("lambd", 0.5), "bias": c.number("bias", 0.0)}
+    settings: dict[str, Any] = {"lambd": c.number("lambd", 0.5), "bias": c.number("bias", 0.0)}
     if c.dtype != "bfloat16":
         c.emit("Shrink", [c.x], c.out, **settings)
         return

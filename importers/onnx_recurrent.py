@@ -27,7 +27,7 @@ def recurrent(c: Call) -> None:
     while not inputs[-1]:
         inputs.pop()
     fresh = c.b.fresh
-    made = [fresh(f"{c.name}.{part}") for part in ("sequence", "hidden", *(("cell",) if lstm else ()))]
+    made = [fresh(f"{c.name}/{part}") for part in ("sequence", "hidden", *(("cell",) if lstm else ()))]
     names = ("hidden_size", "direction", "activations", "activation_alpha", "activation_beta", "linear_before_reset")
     c.emit(c.node.op, inputs, made, **c.config(*names))
     count = 2 if ways == 2 and node_settings.merge_mode(c.node, c.layer) == "none" else 1
@@ -44,12 +44,12 @@ def recurrent(c: Call) -> None:
         _direction(c, kinds[kind], 0, way, output, f"state{i}")
 
 
-def _flipped(c: Call, x: str, suffix: str, axis: int = 1, to: str | None = None) -> str:
+def _flipped(c: Call, x: str, suffix: str, axis: int = 1, into: str | None = None) -> str:
     ranges = [
         c.ints(f"{suffix}.{name}", n)
         for name, n in (("starts", -1), ("ends", _TO_THE_FRONT), ("axes", axis), ("steps", -1))
     ]
-    return c.emit("Slice", [x, *ranges], to, suffix)
+    return c.emit("Slice", [x, *ranges], into, suffix)
 
 
 def _first_states(c: Call, ways: int, lstm: bool) -> list[str]:
@@ -74,9 +74,9 @@ def _sequences(c: Call, y: str, ways: int, flip: bool, outputs: Sequence[str]) -
         _merged(c, c.emit("Transpose", [y], suffix="batch", perm=[2, 0, 1, 3]), ways, 2, outputs)
         return
     # ONNX puts the steps of a reversed layer in the order of its input, Keras leaves them reversed.
-    turned = c.b.fresh(f"{c.name}.reversed")
+    turned = c.b.fresh(f"{c.name}/reversed")
     _merged(c, c.emit("Transpose", [y], suffix="batch", perm=[2, 0, 1, 3]), ways, 2, [turned])
-    _flipped(c, turned, "flip", to=outputs[0])
+    _flipped(c, turned, "flip", into=outputs[0])
 
 
 def _merged(c: Call, y: str, ways: int, axis: int, outputs: Sequence[str]) -> None:

@@ -159,6 +159,7 @@ def _foreign_model(
     targets = framework.targets()
     classes: Mapping[str, tuple[str, Mapping[str, Any]]] = targets.layer_classes(manifest)
     states: Callable[..., Mapping[str, Any]] = getattr(targets, "layer_states", lambda cls, roles: {})
+    journey.notes += getattr(targets, "remarks", lambda manifest: [])(manifest)
     layers = []
     for layer in contents.layers:
         if not layer.weights:

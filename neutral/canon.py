@@ -37,7 +37,7 @@ from neutral.conventions.forms import (
 )
 from neutral.conventions.hints import kind_hint, settings_known, ways
 from neutral.crossing import WITH_SPACE, Crossing, Seen, Told, flattened
-from neutral.errors import BadLayout, Problem, Refused, an, named, raise_all
+from neutral.errors import BadFile, BadLayout, Problem, Refused, an, named, raise_all
 from neutral.layout import Layout, layout
 from neutral.native import NativeLayer, NativeModel, NativeTensor, Tensor, stack
 from neutral.schema.kinds import KINDS, LABELS, Evidence
@@ -75,7 +75,8 @@ def row_layout(
     row: Row, kind: str, channels: Mapping[str, int] | None = None, flatten: str = "channel position"
 ) -> Layout:
     """The layout of a row, its braces as leading axes; axes that cross a Flatten as (channel position)."""
-    canonical = row.canonical or role_expression(kind, row.role)
+    known = row.role in KINDS[kind].parameters_of or "{" in row.role
+    canonical = row.canonical or (role_expression(kind, row.role) if known else "")
     native = row.native
     for name, _ in reversed(brace_axes(row.name)):
         labelled = next((word for word in canonical.split() if word.startswith(f"{name}:")), name)
@@ -153,8 +154,7 @@ def _bindings(layer: NativeLayer, convention: Convention, hint: str | None) -> t
     if layer.cls is not None and hint is None:
         forms = (*convention.build(layer.cls, layer.config), *named)
     else:
-        told = dict.fromkeys(cls for f in convention.forms for cls in f.classes if layer.config and hint is not None)
-        built = [f for cls in told for f in convention.build(cls, layer.config)]
+        built = _built(convention, None, layer.config) if hint is not None else ()
         forms = [*built, *(f for f in convention.forms if f.guessable or hint is not None)]
     found, reasons = [], []
     for form in forms:
@@ -166,6 +166,14 @@ def _bindings(layer: NativeLayer, convention: Convention, hint: str | None) -> t
         else:
             found.append(binding)
     return found, reasons
+
+
+def _built(convention: Convention, cls: str | None, config: Mapping[str, Any]) -> tuple[Form, ...]:
+    """The forms that a class's settings make; where only the settings are known, those of all classes."""
+    if cls is not None:
+        return convention.build(cls, config)
+    classes = dict.fromkeys(name for form in convention.forms for name in form.classes if config)
+    return tuple(form for name in classes for form in convention.build(name, config))
 
 
 _ALIKE = ({"conv", "depthwise"}, {"group_norm", "instance_norm"}, {"dense", "einsum_dense"})
@@ -210,42 +218,52 @@ def recognise(layer: NativeLayer, convention: Convention, hint: str | None = Non
     if hint is None and len(kinds) > 1 and layer.cls is None:
         auto = convention.auto_names.get(re.sub(r"_\d+$", "", re.split(r"[./]", layer.path)[-1]))
         named = [b for b in found if auto in b.form.classes]
-        applying = [b for b in named if b.form.applies(layer.config)]
-        if applying:
-            return Known(layer, applying[0], "name")
         if named:
-            found = [b for b in found if any(compatible(_kind_of(b), _kind_of(other)) for other in named)]
+            applying = [b for b in named if b.form.applies(layer.config)]
+            found = applying or [b for b in found if any(compatible(_kind_of(b), _kind_of(a)) for a in named)]
             kinds = list(dict.fromkeys(_kind_of(binding) for binding in found))
-            if len(found) > 1:
-                return Known(layer, None, "none", tuple(kinds))
+            if applying:
+                return Known(layer, applying[0], "name")
     if hint is not None:
         of_kind = [binding for binding in found if _kind_of(binding) == hint] or found
-        applying = [b for b in (*of_kind, *(found if settings else ())) if b.form.applies(layer.config)]
-        exact = applying[0] if applying else of_kind[0]
-        if settings and not applying:
-            said = ", ".join(f"{name}={value}" for name, value in settings.items())
-            raise Refused(
-                Problem(layer.path, f"tensors {_shapes(layer)}", f"those of {an(hint)} with {said}", "correct the hint")
-            )
-        if (len(found) > 1 or exact.form.vague) and not applying:
-            told = ways(_kind_of(exact), (binding.form.says for binding in of_kind))
-            others = [_kind_of(binding) for binding in found if binding.form.applies(layer.config)][:1]
-            do = " or ".join(f"--kind '{layer.path}={way}'" for way in told) or "".join(
-                f"--kind {kind} if they are stored so" for kind in others
-            )
-            raise Refused(
-                Problem(
-                    layer.path,
-                    f"tensors {_shapes(layer)} of {hint}, without the setting that says what their axes are",
-                    "to know it",
-                    "import into a template that says it" + (f", or give {do}" if do else ""),
-                )
-            )
+        exact = _settled([*of_kind, *(found if settings else ())], layer.config, alone=len(found) == 1 and not settings)
+        if exact is None:
+            raise Refused(_unsettled_problem(layer, hint, settings, of_kind, found))
         return Known(layer, exact, "hint")
-    if found and (layer.cls is not None or (len(kinds) == 1 and not found[0].form.vague)):
-        evidence: Evidence = layer.evidence if layer.cls is not None else "name"  # type: ignore[assignment]
-        return Known(layer, found[0], evidence)
+    if found and layer.cls is not None:
+        return Known(layer, found[0], layer.evidence)  # type: ignore[arg-type]
+    exact = _settled(found, layer.config, alone=len(found) == 1) if len(kinds) == 1 else None
+    if exact is not None:
+        return Known(layer, exact, "name")
     return Known(layer, None, "none", tuple(kinds))
+
+
+def _settled(found: Sequence[Binding], config: Mapping[str, Any], alone: bool) -> Binding | None:
+    """The first form that what is known of the settings allows for; one that they leave open only if it is `alone`."""
+    applying = [binding for binding in found if binding.form.applies(config)]
+    if applying:
+        return applying[0]
+    return found[0] if alone and not found[0].form.vague else None
+
+
+def _unsettled_problem(
+    layer: NativeLayer, hint: str, settings: Mapping[str, Any], of_kind: Sequence[Binding], found: Sequence[Binding]
+) -> Problem:
+    """What to say where a kind is stored in several ways and nothing tells in which, or a hint tells an impossible one."""
+    if settings:
+        told = ", ".join(f"{name}={value}" for name, value in settings.items())
+        return Problem(layer.path, f"tensors {_shapes(layer)}", f"those of {an(hint)} with {told}", "correct the hint")
+    hints = ways(_kind_of(of_kind[0]), (binding.form.says for binding in of_kind))
+    others = [_kind_of(binding) for binding in found if binding.form.applies(layer.config)][:1]
+    do = " or ".join(f"--kind '{layer.path}={way}'" for way in hints) or "".join(
+        f"--kind {kind} if they are stored so" for kind in others
+    )
+    return Problem(
+        layer.path,
+        f"tensors {_shapes(layer)} of {hint}, without the setting that says what their axes are",
+        "to know it",
+        "import into a template that says it" + (f", or give {do}" if do else ""),
+    )
 
 
 def _with_settings(layer: NativeLayer, settings: Mapping[str, Any], convention: Convention) -> NativeLayer:
@@ -389,6 +407,16 @@ def _hint(path: str, hints: Mapping[str, str]) -> str | None:
     return next((kind for pattern, kind in hints.items() if fnmatchcase(path, pattern)), None)
 
 
+def _told_attributes(bound: BoundPart, layer: NativeLayer) -> dict[str, Any]:
+    """The attributes that a layer's config tells; one that comes out of a file may be of any type."""
+    try:
+        found = bound.part.attributes(layer.config, bound.sizes)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        what = f"settings of {an(layer.cls or bound.part.kind)} that make no sense ({type(error).__name__})"
+        raise BadFile(Problem(layer.path, what, "settings as its framework writes them")) from None
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _canonical(
     known: Known,
     convention: Convention,
@@ -421,7 +449,7 @@ def _canonical(
         path = known.binding.path(layer.path, bound)
         channels, undecided = flattened(path, layer.path, kind, bound.sizes, told, crossing)
         tensors = _part_tensors(bound, layer, convention, channels)
-        attributes = {k: v for k, v in bound.part.attributes(layer.config, bound.sizes).items() if v is not None}
+        attributes = _told_attributes(bound, layer)
         kind, attributes = _normal_kind(kind, attributes, tensors)
         attributes = {k: v for k, v in attributes.items() if k in KINDS[kind].model_fields}
         part = known.binding.part_name(bound)
@@ -880,6 +908,7 @@ def deciding(known: Known, convention: Convention) -> dict[str, Any]:
         return {}
     shapes = {local: tensor.data.shape for local, tensor in known.layer.tensors.items() if not tensor.state}
     config = convention.deciding(known.layer.config, shapes)
+    config = {**kind_hint(f"kind({known.binding.form.says})")[1], **config}
     return {"config": config, "sizes": dict(known.binding.parts[0].sizes)} if config else {}
 
 
@@ -896,7 +925,7 @@ def source_binding(
     first = layers[0]
     told = config or {}
     names = {local for layer in layers for t in layer.weights.values() for local in t.native}
-    built = convention.build(first.native or "", told)
+    built = _built(convention, first.native, told)
     for form in (*built, *convention.forms):
         if (first.native is not None and first.native not in form.classes) or not form.applies(told):
             continue

@@ -28,7 +28,7 @@ from neutral.errors import BadFile, Problem, Refused, Unsupported, WrongUsage, n
 from neutral.filling import fill_template, is_chain
 from neutral.framework import named_object
 from neutral.frameworks import ARCHIVE, FRAMEWORKS
-from neutral.journey import Journey
+from neutral.journey import Asked, Journey
 from neutral.match import Pair, Side, named_pairs, pair_layers
 from neutral.native import Witnessed
 from neutral.origin import origin_of
@@ -57,7 +57,8 @@ class Report:
     """What an import did: where to, which layer went where and why, what was lost, and what else to know.
 
     `unused` layers of the source went nowhere, `missing` ones of the template kept their weights. `layers` counts those
-    that were written.
+    that were written. `model` is the live model that was filled: the one given, or, where its framework never changes a
+    model (Equinox), a new one.
     """
 
     out: Path | None
@@ -69,6 +70,7 @@ class Report:
     notes: tuple[str, ...] = ()
     layers: int = 0
     seconds: float = 0.0
+    model: object = None
 
 
 def export_model(
@@ -156,6 +158,7 @@ def import_model(
         import_model("lenet5.nwt", to="keras")                        lenet5.keras
         import_model("lenet5.nwt", into="other.h5", out="new.h5")     a copy of other.h5 with these weights
         import_model("lenet5.nwt", into=module)                       a live torch or Keras model, in place
+        import_model("lenet5.nwt", into=module).model                 a live Equinox model, filled: a new one
 
     `into_key` chooses one of several sets of weights in the template; the others stay as they are. `into_kinds` maps globs
     on the template's layers to kinds.
@@ -169,21 +172,8 @@ def import_model(
     with nullcontext(archive) if isinstance(archive, Archive) else open_archive(archive) as opened:
         if opened.path is not None:
             opened.check(progress)
-        return _import(
-            opened.contents,
-            opened.path,
-            to,
-            into,
-            into_key,
-            into_kinds,
-            out,
-            mapping,
-            allow_unused,
-            allow_missing,
-            cast,
-            force,
-            started,
-        )
+        asked = Asked(mapping, allow_unused, allow_missing, cast, into_kinds)
+        return _import(opened.contents, opened.path, _Goal(to, into, into_key, out, force), asked, started)
 
 
 def _refuse_suffix(out: Path) -> None:
@@ -248,41 +238,26 @@ def convert(
     check_kinds(kinds)
     contents, close, where = read_source(source, format, key, kinds, flatten_channels(flatten))
     try:
-        return _import(
-            contents,
-            where,
-            to,
-            into,
-            into_key,
-            into_kinds,
-            target,
-            mapping,
-            allow_unused,
-            allow_missing,
-            cast,
-            force,
-            started,
-        )
+        asked = Asked(mapping, allow_unused, allow_missing, cast, into_kinds)
+        return _import(contents, where, _Goal(to, into, into_key, target, force), asked, started)
     finally:
         close()
 
 
-def _import(
-    contents: Contents,
-    where: Path | None,
-    to: str | None,
-    into: Model | None,
-    into_key: str | None,
-    into_kinds: Mapping[str, str] | None,
-    out: str | os.PathLike[str] | None,
-    mapping: Mapping[str, str] | None,
-    allow_unused: Sequence[str],
-    allow_missing: Sequence[str],
-    cast: bool,
-    force: bool,
-    started: float,
-) -> Report:
-    check_kinds(into_kinds)
+@dataclass(frozen=True)
+class _Goal:
+    """Where an import goes: a framework, a template with the key of its weights, an output."""
+
+    to: str | None
+    into: Model | None
+    into_key: str | None
+    out: str | os.PathLike[str] | None
+    force: bool
+
+
+def _import(contents: Contents, where: Path | None, goal: _Goal, asked: Asked, started: float) -> Report:
+    check_kinds(asked.kinds)
+    to, into, into_key, out, force = goal.to, goal.into, goal.into_key, goal.out, goal.force
     journey = Journey()
     count = sum(1 for layer in contents.layers if layer.weights)
     if into is not None and not isinstance(into, str | os.PathLike):
@@ -294,10 +269,10 @@ def _import(
             )
         if into_key is not None:
             raise WrongUsage(Problem("into", "a live model and a key", "a model file", "leave the key away"))
-        _fill_live(contents, into, into_kinds, mapping, allow_unused, allow_missing, cast, journey)
-        return _report(None, journey, len(journey.pairs), started)
+        filled = _fill_live(contents, into, asked, journey)
+        return replace(_report(None, journey, len(journey.pairs), started), model=filled)
     template = None if into is None else Path(into)
-    if template is None and (mapping or allow_unused or allow_missing or into_key is not None or into_kinds):
+    if template is None and (asked.about_template() or into_key is not None):
         raise WrongUsage(
             Problem(
                 "import", "a map, patterns or --into-key without a template", "--into TEMPLATE", "name the template"
@@ -315,7 +290,7 @@ def _import(
     with ExitStack() as stack:
         if template is not None:
             native = stack.enter_context(opened(framework, template, into_key))
-            fill_template(contents, native, framework, mapping, allow_unused, allow_missing, cast, journey, into_kinds)
+            fill_template(contents, native, framework, asked, journey)
             built, expected = None, {name: Witnessed(tensor) for name, tensor in journey.tensors.items()}
             work = stack.enter_context(work_beside(target))
             framework.writer().fill(template, expected, work / target.name, key=into_key)
@@ -345,20 +320,12 @@ def _report(out: Path | None, journey: Journey, layers: int, started: float) -> 
     )
 
 
-def _fill_live(
-    contents: Contents,
-    model: object,
-    kinds: Mapping[str, str] | None,
-    mapping: Mapping[str, str] | None,
-    allow_unused: Sequence[str],
-    allow_missing: Sequence[str],
-    cast: bool,
-    journey: Journey,
-) -> None:
+def _fill_live(contents: Contents, model: object, asked: Asked, journey: Journey) -> object:
     name, native = read_live(model, None)
     framework = FRAMEWORKS[name]
-    fill_template(contents, native, framework, mapping, allow_unused, allow_missing, cast, journey, kinds)
-    framework.writer().fill_live(model, journey.tensors)
+    fill_template(contents, native, framework, asked, journey)
+    filled = framework.writer().fill_live(model, journey.tensors)
+    return model if filled is None else filled
 
 
 @dataclass(frozen=True)

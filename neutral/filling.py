@@ -7,7 +7,7 @@ collected and refused at once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from neutral.archive import Contents
@@ -17,7 +17,7 @@ from neutral.conventions.forms import Convention, Form, same_family
 from neutral.doubts import as_known, flatten_remark, reconciled, source_told, tells_wiring, unknown_problem
 from neutral.errors import NeutralError, Problem, Refused, named, raise_all, reworded
 from neutral.framework import Framework
-from neutral.journey import Journey
+from neutral.journey import Asked, Journey
 from neutral.match import Pairing, Side, differing_settings, idle_patterns, pair_layers
 from neutral.native import NativeLayer, NativeModel
 from neutral.origin import origin_of, stored_form
@@ -25,47 +25,34 @@ from neutral.surroundings import Wiring, differing_surroundings
 
 
 def fill_template(
-    contents: Contents,
-    template: NativeModel,
-    framework: Framework,
-    mapping: Mapping[str, str] | None,
-    allow_unused: Sequence[str],
-    allow_missing: Sequence[str],
-    cast: bool,
-    journey: Journey,
-    kinds: Mapping[str, str] | None = None,
+    contents: Contents, template: NativeModel, framework: Framework, asked: Asked, journey: Journey
 ) -> None:
-    """Pair an archive with a template and collect, by native name, the template's tensors with the archive's weights.
-
-    `kinds` maps globs on the template's layers to kinds.
-    """
+    """Pair an archive with a template and collect, by native name, the template's tensors with the archive's weights."""
     convention = framework.convention()
     source = origin_of(contents)
     origin = source.convention()
     with reworded("--kind", "--into-kind"):
-        known = read_layers(template, convention, kinds=kinds)
+        known = read_layers(template, convention, kinds=asked.kinds)
     theirs = [layer for _, layers in known for layer in layers]
     alike = same_family(origin, convention)
     pairing = pair_layers(
         Side(contents.layers, is_chain(contents.ordered, contents.source.settings, source), contents.graph),
         Side(theirs, is_chain(template.ordered, template.metadata, framework), template.graph),
-        mapping=mapping,
-        allow_unused=allow_unused,
-        allow_missing=allow_missing,
+        mapping=asked.mapping,
+        allow_unused=asked.allow_unused,
+        allow_missing=asked.allow_missing,
         alike=alike,
     )
     journey.pairs.extend(pairing.pairs)
     journey.unused, journey.missing = pairing.unused, pairing.missing
-    journey.warnings += idle_patterns("--allow-unused", allow_unused, contents.layers)
-    journey.warnings += idle_patterns("--allow-missing", allow_missing, theirs)
+    journey.warnings += idle_patterns("--allow-unused", asked.allow_unused, contents.layers)
+    journey.warnings += idle_patterns("--allow-missing", asked.allow_missing, theirs)
     sources = {layer.path: layer for layer in contents.layers}
     partner = {pair.target: sources[pair.source] for pair in pairing.pairs}
     told = (tells_wiring(contents.source.settings), tells_wiring(template.metadata))
-    wired = contents.graph is not None and template.graph is not None
+    ends = _Ends(contents, template, origin, convention, alike, told)
     for item, layers in known:
-        _fill_layer(
-            contents, item, layers, partner, convention, origin, alike, told, wired, template.splits, cast, journey
-        )
+        _fill_layer(ends, item, layers, partner, asked.cast, journey)
     _compare_surroundings(contents, template, pairing, origin, convention, journey)
     raise_all(Refused, journey.problems)
 
@@ -97,20 +84,32 @@ def is_chain(ordered: bool, settings: Mapping[str, Any], framework: Framework) -
     return ordered and framework.chain(settings)
 
 
+@dataclass(frozen=True)
+class _Ends:
+    """Both ends of an import: the archive and the template, how each stores layers (`alike`, if they are of one family), and
+    whether a config of each (`told`) says how it is wired."""
+
+    contents: Contents
+    template: NativeModel
+    origin: Convention
+    convention: Convention
+    alike: bool
+    told: tuple[bool, bool]
+
+    @property
+    def wired(self) -> bool:
+        return self.contents.graph is not None and self.template.graph is not None
+
+
 def _fill_layer(
-    contents: Contents,
+    ends: _Ends,
     item: Known,
     layers: Sequence[CanonicalLayer],
     partner: Mapping[str, CanonicalLayer],
-    convention: Convention,
-    origin: Convention,
-    alike: bool,
-    told: tuple[bool, bool],
-    wirings_known: bool,
-    splits: Mapping[str, Mapping[str, int]],
     cast: bool,
     journey: Journey,
 ) -> None:
+    contents, origin, convention, alike = ends.contents, ends.origin, ends.convention, ends.alike
     native = item.layer
     wanted = [layer for layer in layers if layer.weights]
     mine = [partner[layer.path] for layer in wanted if layer.path in partner]
@@ -146,11 +145,11 @@ def _fill_layer(
         ]
         ready = []
         for layer, goal in zip(mine, layers, strict=True):
-            problems, remarks = differing_settings(layer, _as_bound(goal, binding, native), alike, wirings_known)
+            problems, remarks = differing_settings(layer, _as_bound(goal, binding, native), alike, ends.wired)
             journey.problems += problems
             journey.warnings += remarks
-            goal_told = native.path in splits or goal.path in splits
-            ready.append(reconciled(layer, goal, origin, convention, told, goal_told, source_told(contents)))
+            goal_told = native.path in ends.template.splits or goal.path in ends.template.splits
+            ready.append(reconciled(layer, goal, origin, convention, ends.told, goal_told, source_told(contents)))
             if not goal_told:
                 journey.warnings += flatten_remark(contents, layer, origin, convention)
             if ready[-1].channels and (layer.undecided or goal.undecided) and origin.flatten != convention.flatten:

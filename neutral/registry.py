@@ -43,6 +43,7 @@ BUILT_IN: tuple[Framework, ...] = (
         files=(
             Format("keras", ".keras", (".keras",), whole=True),
             Format("weights.h5", ".weights.h5 (Keras 2 and 3)", (".weights.h5",)),
+            Format("weights.json", ".weights.json and its shards (Keras 3)", (".weights.json",), new=False),
             Format("h5", ".h5 (whole model, Keras 1 to 3)", (".h5", ".hdf5"), whole=True),
             Format("keras-folder", ".keras unzipped", (), new=False, whole=True, folder=True),
         ),
@@ -97,6 +98,19 @@ BUILT_IN: tuple[Framework, ...] = (
         live=signatures.live_flax,
     ),
     Framework(
+        name="equinox",
+        exporter="neutral.exporters.equinox",
+        importer="neutral.importers.equinox",
+        convention_at="neutral.conventions.equinox:EQUINOX",
+        files=(Format("eqx", ".eqx (leaves without names)", (".eqx",)),),
+        target="neutral.importers.equinox_classes",
+        packages=("equinox",),
+        extra="equinox",
+        signature=signatures.equinox,
+        live=signatures.live_equinox,
+        chain=any_chain,
+    ),
+    Framework(
         name="onnx",
         exporter="neutral.exporters.onnx",
         importer="neutral.importers.onnx",
@@ -109,6 +123,28 @@ BUILT_IN: tuple[Framework, ...] = (
         live=instance_of(("onnx", "ModelProto")),
         runners={"onnx": "neutral.running:onnx_model"},
         rebuilds=("model.onnx", "neutral.running:onnx_model"),
+    ),
+    Framework(
+        name="tfjs",
+        exporter="neutral.exporters.tfjs",
+        importer="neutral.importers.tfjs",
+        convention_at="neutral.conventions.tfjs:TFJS",
+        files=(
+            Format(
+                "layers-model",
+                "model.json and its shards (TensorFlow.js layers model)",
+                (".tfjs",),
+                whole=True,
+                folder=True,
+                bare=True,
+            ),
+        ),
+        target="neutral.importers.tfjs_config",
+        rewriter="neutral.importers.tfjs_rewriting",
+        signature=signatures.tfjs,
+        chain=is_sequential,
+        rebuilt_in=_KERAS_FIRST,
+        separator="/",
     ),
     Framework(
         name="numpy",
@@ -160,7 +196,9 @@ BUILT_IN: tuple[Framework, ...] = (
         files=(
             Format("mlx", ".safetensors (names of MLX)", (".safetensors",), shared=True),
             Format("mlx-npz", ".npz (names of MLX)", (".npz",), shared=True),
-            Format("mlx-shards", "shards with an index", (".safetensors.index.json",), new=False, folder=True, shared=True),
+            Format(
+                "mlx-shards", "shards with an index", (".safetensors.index.json",), new=False, folder=True, shared=True
+            ),
         ),
         target="neutral.importers.mlx_classes",
         packages=("mlx",),

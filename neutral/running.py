@@ -39,9 +39,7 @@ from neutral.schema.manifest import Manifest
 Array = npt.NDArray[Any]
 Axes = tuple[str, ...]
 
-RUNS = (
-    "a .keras or whole-model .h5, a SavedModel, a .pt2, an .onnx, a pickled module of torch.nn's classes, or a file with a graph"
-)
+RUNS = "a .keras or whole-model .h5, a SavedModel, a .pt2, an .onnx, a pickled module of torch.nn's classes, or a file with a graph"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a file or folder is, by its content: a `Probe` looks at it once, and each framework's signature looks at the probe.
 
->>> import pathlib, tempfile
+>>> import pathlib, tempfile, zipfile
 >>> path = pathlib.Path(tempfile.mkdtemp()) / "x.npz"
 >>> with zipfile.ZipFile(path, "w") as made:
 ...     made.writestr("a.npy", b"")
@@ -22,8 +22,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeGuard
 
+from neutral.containers.eqx import is_eqx
 from neutral.containers.files import SourceFile
 from neutral.containers.npz import is_of_mlx
+from neutral.containers.orbax import holds_checkpoint
 from neutral.containers.paddle_file import holds_tables
 from neutral.containers.protobuf import BYTES, VARINT, FileReader
 from neutral.containers.torch_program import holds_program
@@ -199,10 +201,20 @@ def torch(probe: Probe) -> str | None:
 def keras(probe: Probe) -> str | None:
     if probe.container == "hdf5":
         return "weights.h5" if suffix_of(probe.path) == ".weights.h5" else "h5"
+    if _maps_to_hdf5(probe.json.get("weight_map")):
+        return "weights.json"
     weights = ("model.weights.h5", "model.weights.npz")
     if "config.json" in probe.members and any(name in probe.members for name in weights):
         return "keras"
     return "keras-folder" if probe.has("config.json", "model.weights.h5") else None
+
+
+def _maps_to_hdf5(weight_map: object) -> bool:
+    """True for the map of sharded weights: groups of variables and the HDF5 files, one or several, that hold them."""
+    if not isinstance(weight_map, dict):
+        return False
+    shards = [shard for told in weight_map.values() for shard in (told if isinstance(told, list) else [told])]
+    return bool(shards) and all(isinstance(shard, str) and shard.endswith(".h5") for shard in shards)
 
 
 def tensorflow(probe: Probe) -> str | None:
@@ -258,6 +270,46 @@ def paddle(probe: Probe) -> str | None:
     return "pdparams" if probe.container == "pickle" and holds_tables(probe.path) else None
 
 
+def tfjs(probe: Probe) -> str | None:
+    if probe.has("model.json"):
+        with Probe(probe.path / "model.json") as inner:
+            return tfjs(inner)
+    return "layers-model" if {"modelTopology", "weightsManifest"} & probe.json.keys() else None
+
+
+_OF_A_LAYER = ("kernel", "bias", "scale", "embedding", "mean", "var", "negative_slope", "value")
+
+
+def flax(probe: Probe) -> str | None:
+    """A msgpack map, a folder of Orbax, or a flattened tree that says so or has the collections of Linen."""
+    if probe.is_folder:
+        return "orbax" if holds_checkpoint(probe.path) else None
+    if probe.container == "safetensors":
+        metadata, names = probe.safetensors
+        return "flax-safetensors" if metadata.get("format") == "flax" or _is_flat_tree(names) else None
+    return "msgpack" if not probe.container and _is_msgpack_map(probe.head) else None
+
+
+def _is_msgpack_map(head: bytes) -> bool:
+    """True for a map whose first key is text.
+
+    >>> _is_msgpack_map(b"\\x81\\xa6params"), _is_msgpack_map(b"\\x81\\x01"), _is_msgpack_map(b"")
+    (True, False, False)
+    """
+    first = head[0] if head else 0
+    at = 1 if 0x81 <= first <= 0x8F else {0xDE: 3, 0xDF: 5}.get(first, 0)
+    key = head[at] if 0 < at < len(head) else 0
+    return 0xA1 <= key <= 0xBF or 0xD9 <= key <= 0xDB
+
+
+def _is_flat_tree(names: tuple[str, ...]) -> bool:
+    """True for names of Linen's variables with a separator between the keys."""
+    parts = [re.split(r"[/.,]", name) for name in names]
+    return bool(parts) and all(
+        len(keys) > 1 and keys[0] in ("params", "batch_stats") and keys[-1] in _OF_A_LAYER for keys in parts
+    )
+
+
 def mlx(probe: Probe) -> str | None:
     """Files whose metadata say so, or whose headers are as MLX alone writes them."""
     if probe.layout == "mlx?":
@@ -309,40 +361,26 @@ def _is_plain(model: object) -> TypeGuard[Mapping[Any, Any]]:
     return isinstance(model, Mapping) and not live_mlx(model)
 
 
-_FLAX_SUFFIX = re.compile(r"(kernel|bias|scale|embedding|mean|var|negative_slope)(/value)?")
-
-
-def flax(probe: Probe) -> str | None:
-    """A msgpack map, a folder of Orbax, or a flattened tree that says so or has the collections of Linen."""
-    if probe.is_folder:
-        marked = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "checkpoint_metadata")
-        steps = any(probe.any(f"{pattern}/{name}") for pattern in ("[0-9]*", "*[0-9]") for name in (*marked, "default"))
-        return "orbax" if any(probe.has(name) for name in marked) or steps else None
-    if probe.container == "safetensors":
-        metadata, names = probe.safetensors
-        return "flax-safetensors" if metadata.get("format") == "flax" or _is_flat_tree(names) else None
-    return "msgpack" if not probe.container and _is_map(probe.head) else None
-
-
-def _is_map(head: bytes) -> bool:
-    """True for the beginning of a msgpack map whose first key is text or a number."""
-    if not head:
-        return False
-    at = 1 if 0x81 <= head[0] <= 0x8F else {0xDE: 3, 0xDF: 5}.get(head[0], 0)
-    key = head[at] if at and len(head) > at else 0xC1
-    return 0xA0 <= key <= 0xBF or key in (0xD9, 0xDA, 0xDB)
-
-
-def _is_flat_tree(names: tuple[str, ...]) -> bool:
-    """True for names of Linen's variables with a separator between the keys."""
-    parts = [re.split(r"[/.,]", name) for name in names]
-    return bool(parts) and all(
-        len(keys) > 1 and keys[0] in ("params", "batch_stats") and _FLAX_SUFFIX.fullmatch(keys[-1]) for keys in parts
-    )
-
-
 def live_flax(model: object) -> bool:
-    """An nnx.Module, or nested dicts of arrays (a FrozenDict, a State), or a TrainState."""
-    if _is_plain(model):
-        return any(isinstance(value, Mapping) for value in model.values())
-    return instance_of(("flax", "Module"), ("flax", "State"), ("flax", "TrainState"), ("flax", "FrozenDict"))(model)
+    """An nnx.Module, a State, a TrainState, or nested dicts (a FrozenDict) of arrays of NumPy or JAX."""
+    if instance_of(("flax", "Module"), ("flax", "State"), ("flax", "TrainState"))(model):
+        return True
+    if not isinstance(model, Mapping) or not any(isinstance(value, Mapping) for value in model.values()):
+        return False
+    value: object = model
+    while isinstance(value, Mapping) and value:
+        value = next(iter(value.values()))
+    return type(value).__module__.partition(".")[0] in ("numpy", "jax", "jaxlib", "flax")
+
+
+def equinox(probe: Probe) -> str | None:
+    """Records of `.npy`; a single one under that suffix is an array of NumPy's own."""
+    return "eqx" if is_eqx(probe.head) and suffix_of(probe.path) != ".npy" else None
+
+
+def live_equinox(model: object) -> bool:
+    """A module, or a module and its state."""
+    is_module = instance_of(("equinox", "Module"))
+    if isinstance(model, tuple | list) and len(model) == 2:
+        return is_module(model[0]) and instance_of(("equinox", "State"))(model[1])
+    return is_module(model)

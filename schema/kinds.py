@@ -209,7 +209,7 @@ class RMSNorm(Layer):
     kind: Literal["rms_norm"] = "rms_norm"
     eps: float | None = None
     axis: Axes | None = None
-    parameters_of = {"scale": Role(("...",), required=True)}
+    parameters_of = {"scale": Role(("...",), required=True), "bias": Role(("...",))}
 
 
 class PReLU(Layer):

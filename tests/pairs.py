@@ -28,11 +28,11 @@ from threading import Lock
 from typing import Any
 
 import neutral
-from neutral.errors import NeutralError
+from neutral.errors import NeutralError, Problem
 from tests import columns
 from tests.measure import CLOSE, KINDS, flatten_hints, layers_of, unwritable
 from tests.oracle.process import Built, OracleError, Worker, difference
-from tests.zoo import Case, cases
+from tests.zoo import Case, Layer, cases
 
 COLUMNS = ("torch", "keras", "tensorflow", "flax_linen", "flax_nnx", "onnx", "paddle", "mlx", "tfjs", "numpy")
 TITLES = {
@@ -160,13 +160,14 @@ class Bench:
 
     def measure(self, source: str, target: str) -> Cell:
         built = self.model(source, 1)
-        template = self.file(target, 2)
-        out = Path(tempfile.mkdtemp(dir=self.folder)) / template.name
-        given: dict[str, Any] = {}
+        # Arrays are no model: a file of them is always new, and what its arrays are is always told.
+        template = None if target == "numpy" else self.file(target, 2)
+        out = Path(tempfile.mkdtemp(dir=self.folder)) / (template.name if template else "arrays.npz")
+        given: dict[str, Any] = {"kinds": kind_hints(self.case, "numpy")} if source == "numpy" else {}
         try:
             report = convert(self.case, source, target, self.file(source, 1), template, out, given)
         except NeutralError as error:
-            return Cell("refused", plain(self.case, str(error.problems[0])), tuple(sorted(given)))
+            return Cell("refused", reason(error.problems[0]), tuple(sorted(given)))
         try:
             with self.busy[target]:
                 output = self.workers[target].forward(self.case.name, out, built.inputs, equal=self.equal)
@@ -178,13 +179,14 @@ class Bench:
         return Cell("close" if report.losses else "exact", "", tuple(sorted(given)))
 
 
-def plain(case: Case, reason: str) -> str:
-    """A refusal's first problem without what differs from run to run."""
-    return re.sub(r"\S*/tmp\S*", "FILE", reason)[:300]
+def reason(problem: Problem) -> str:
+    """Why a pair is refused, without what differs from run to run and from size to size."""
+    found = re.sub(r"\S*/tmp\S*", "FILE", f"{problem.found}, expected {problem.expected}")
+    return re.sub(r" \([^()]*(\([^()]*\)[^()]*)*\)", "", found)[:200]
 
 
 def convert(
-    case: Case, source: str, target: str, file: Path, template: Path, out: Path, given: dict[str, Any]
+    case: Case, source: str, target: str, file: Path, template: Path | None, out: Path, given: dict[str, Any]
 ) -> neutral.Report:
     """Convert, telling what a refusal asks for; each thing once."""
     while True:
@@ -213,9 +215,17 @@ KIND_OF = {**KINDS, "RNN": "simple_rnn", "DenseGeneral": "dense"}
 
 def kind_hints(case: Case, column: str) -> dict[str, str]:
     """The kinds of a case's layers by path, as its torch or Keras rows tell them."""
-    like = case.models.get("torch" if column not in ("keras", "tensorflow", "tfjs") else "keras")
+    as_keras = column in ("keras", "tensorflow", "tfjs") or (
+        column not in ("torch", "paddle") and stacked_paths(case, column)
+    )
+    like = case.models.get("keras" if as_keras else "torch")
     rows = like or next(iter(case.models.values()))
-    return {path: KIND_OF[row.cls] for path, row in layers_of(rows.layers) if row.cls in KIND_OF}
+    return {path: kind_of(row) for path, row in layers_of(rows.layers) if row.cls in KIND_OF}
+
+
+def kind_of(row: Layer) -> str:
+    """Keras has instance norms as group norms of one channel a group."""
+    return "instance_norm" if row.args.get("groups") == -1 else KIND_OF[row.cls]
 
 
 def stacked_paths(case: Case, column: str) -> list[str]:
@@ -242,16 +252,30 @@ def measure(
 
 
 RESULTS = Path(__file__).with_name("pairs_results.json")
+Found = Mapping[str, Mapping[str, str]]
 
 
 @cache
-def results() -> dict[str, dict[str, dict[str, list[str]]]]:
-    """What was measured: zoo -> case -> status -> pairs; and `reasons`, case -> pair -> why it is refused."""
-    found: dict[str, dict[str, dict[str, list[str]]]] = json.loads(RESULTS.read_text("utf-8"))
+def results() -> dict[str, dict[str, dict[str, str]]]:
+    """What was measured: zoo -> case -> what became of it -> pairs."""
+    found: dict[str, dict[str, dict[str, str]]] = json.loads(RESULTS.read_text("utf-8"))
     return found
 
 
-def summary(cells: Mapping[str, Cell]) -> dict[str, list[str]]:
-    """The pairs of a case by what became of them."""
-    found = {status: sorted(pair for pair, cell in cells.items() if cell.status == status) for status in ORDER}
-    return {status: listed for status, listed in found.items() if listed}
+def summary(cells: Mapping[str, Cell]) -> dict[str, str]:
+    """The pairs of a case by what became of them: `exact`, `exact, told kinds`, `refused: the reason`."""
+    found: dict[str, list[str]] = {}
+    for pair, cell in sorted(cells.items()):
+        told = f", told {' and '.join(cell.told)}" if cell.told and cell.status in ("exact", "close") else ""
+        reason = f": {cell.reason}" if cell.status in ("refused", "wrong") else ""
+        found.setdefault(f"{cell.status}{told}{reason}", []).append(pair)
+    return {status: " ".join(pairs) for status, pairs in sorted(found.items())}
+
+
+def wrong(cells: Mapping[str, Cell]) -> list[str]:
+    return [f"{pair}: {cell.reason}" for pair, cell in cells.items() if cell.status == "wrong"]
+
+
+def every() -> list[tuple[str, str]]:
+    """(zoo, case) of all that is measured."""
+    return [("distinct", name) for names in ROWS.values() for name in names] + [("equal", name) for name in EQUAL]

@@ -161,7 +161,11 @@ def together(name: str, parts: list[Case]) -> Case:
     (['a_layer', 'b_layer'], ('nc', 'ntc'))
     """
     frameworks = [f for f in parts[0].models if all(f in part.models for part in parts)]
-    stacks = {f"{p}_{path}": tuple(f"{p}_{one}" for one in names) for p, part in lettered(parts) for path, names in part.stacks.items()}
+    stacks = {
+        f"{p}_{path}": tuple(f"{p}_{one}" for one in names)
+        for p, part in lettered(parts)
+        for path, names in part.stacks.items()
+    }
     return Case(
         name,
         "together",
@@ -187,7 +191,8 @@ def side_by_side(parts: list[Case], models: list[Model]) -> Model:
         names |= {f"x{i}": f"x{first + i}" for i in range(len(part.inputs))}
         for i, row in enumerate(model.layers):
             of = tuple(names[one] for one in row.of) or ((f"x{first}",) if i == 0 else ())
-            rows.append(replace(row, name=names[row.name], cls=names.get(row.cls, row.cls), of=of))
+            cls = row.cls if row.cls == row.name else names.get(row.cls, row.cls)  # `last` is called what it does
+            rows.append(replace(row, name=names[row.name], cls=cls, of=of))
         first += len(part.inputs)
     return Model("graph", tuple(rows), tuple(axes for model in models for axes in model.inputs), models[-1].output)
 

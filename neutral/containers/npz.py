@@ -20,37 +20,29 @@ does the same by hand. Without that member raw bytes are refused. Files with onl
 
 from __future__ import annotations
 
-import ast
 import itertools
 import json
 import math
-import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
 import ml_dtypes
 import numpy as np
 
 from neutral.containers.elements import element_bytes
+from neutral.containers.npy import MAGIC, PLAIN, RAW, Npy, read_header
 from neutral.containers.zip import ZipSource
 from neutral.containers.zip_replacing import replace_members
 from neutral.containers.zip_writing import Chunk, NewMember, write_zip
 from neutral.errors import BadFile, Problem, Refused, raise_all
-from neutral.native import Storage, Stored, Tensor, from_array
+from neutral.native import Stored, Tensor, from_array
 
 DTYPES_MEMBER = "__neutral_dtypes__"
 
-_MAGIC = b"\x93NUMPY"
-_LARGEST_HEADER = 10_000  # numpy.load's own limit
-_LARGEST_RANK = 32
 _LARGEST_DTYPES = 16 << 20
 _ALIGNMENT = 64
-_LENGTHS = {(1, 0): "<H", (2, 0): "<I", (3, 0): "<I"}
-_PLAIN = re.compile(r"[<>=|]?(b1|i[1248]|u[1248]|f[248]|c8|c16)")
 _TWO_BYTES = ("<V2", "|V2")
-_RAW = re.compile(r"[<>|]?V([1-9])")
 
 EXTENSIONS: Mapping[str, np.dtype[Any]] = {
     name: np.dtype(getattr(ml_dtypes, name))
@@ -77,16 +69,6 @@ EXTENSIONS: Mapping[str, np.dtype[Any]] = {
 """Dtypes that NumPy cannot name, those that this ml_dtypes has."""
 
 
-@dataclass(frozen=True)
-class _Npy:
-    """What a `.npy` header says, and how long it is."""
-
-    descr: str
-    fortran_order: bool
-    shape: tuple[int, ...]
-    length: int
-
-
 def read_npz(source: ZipSource, raw: np.dtype[Any] | None = None) -> dict[str, Tensor]:
     """Every array of the file by its name, lazily, in the file's order. `raw` is the dtype of two raw bytes, where one knows
     it of whoever wrote the file."""
@@ -111,8 +93,7 @@ def _read_array(source: ZipSource, member: str, extension: np.dtype[Any] | None)
     expected = header.length + math.prod(header.shape) * dtype.itemsize
     if expected != storage.nbytes:
         _refuse(source, f"{member!r} of {storage.nbytes} bytes", f"{expected} for its shape {header.shape} of {dtype}")
-    strides = _fortran_strides(header.shape) if header.fortran_order else None
-    return Stored(storage, header.shape, dtype, header.length, strides)
+    return Stored(storage, header.shape, dtype, header.length, header.strides)
 
 
 def _array_name(source: ZipSource, member: str) -> str:
@@ -121,48 +102,14 @@ def _array_name(source: ZipSource, member: str) -> str:
     return member[: -len(".npy")]
 
 
-def _read_header(source: ZipSource, member: str) -> _Npy:
-    storage = source.open(member)
-    start = _read(source, member, storage, 0, 8)
-    version = (start[6], start[7])
-    if start[:6] != _MAGIC or version not in _LENGTHS:
-        _refuse(source, f"{member!r} that starts with {start!r}", "an array of the .npy format 1.0, 2.0 or 3.0")
-    packed = _LENGTHS[version]
-    (length,) = struct.unpack(packed, _read(source, member, storage, 8, struct.calcsize(packed)))
-    begin = 8 + struct.calcsize(packed)
-    if length > _LARGEST_HEADER:
-        _refuse(source, f"{member!r} with a header of {length} bytes", f"at most {_LARGEST_HEADER}")
-    raw = _read(source, member, storage, begin, length)
-    try:
-        fields = ast.literal_eval(raw.decode("utf-8" if version == (3, 0) else "latin-1").strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        _refuse(source, f"{member!r} with a broken header", "a literal dict")
-    if not isinstance(fields, dict) or set(fields) != {"descr", "fortran_order", "shape"}:
-        _refuse(source, f"{member!r} with the header {raw[:80]!r}", "the keys descr, fortran_order and shape")
-    descr, fortran, shape = fields["descr"], fields["fortran_order"], fields["shape"]
-    if not isinstance(descr, str):
-        _refuse(source, f"{member!r} of a structured dtype", "numbers")
-    if type(fortran) is not bool:
-        _refuse(source, f"{member!r} with fortran_order {fortran!r}", "True or False")
-    if not isinstance(shape, tuple) or len(shape) > _LARGEST_RANK or any(type(n) is not int or n < 0 for n in shape):
-        _refuse(source, f"{member!r} of shape {shape!r}", f"at most {_LARGEST_RANK} sizes, none negative")
-    if math.prod(n or 1 for n in shape) >= 1 << 58:
-        _refuse(source, f"{member!r} of shape {shape!r}", "a shape that fits in memory")
-    return _Npy(descr, fortran, shape, begin + length)
-
-
-def _read(source: ZipSource, member: str, storage: Storage, offset: int, length: int) -> bytes:
-    if offset + length > storage.nbytes:
-        _refuse(source, f"{member!r} of {storage.nbytes} bytes", f"at least {offset + length}")
-    out = bytearray(length)
-    storage.read_into(offset, memoryview(out))
-    return bytes(out)
+def _read_header(source: ZipSource, member: str) -> Npy:
+    return read_header(source.open(member), str(source.file.path), repr(member))
 
 
 def _dtype(source: ZipSource, member: str, descr: str, extension: np.dtype[Any] | None) -> np.dtype[Any]:
-    if _PLAIN.fullmatch(descr) and extension is None:
+    if PLAIN.fullmatch(descr) and extension is None:
         return np.dtype(descr)
-    raw = _RAW.fullmatch(descr)
+    raw = RAW.fullmatch(descr)
     if extension is None:
         what = "raw bytes, whose dtype the file does not say" if raw else f"dtype {descr!r}"
         what = "Python objects (a pickle)" if "O" in descr else what
@@ -170,10 +117,6 @@ def _dtype(source: ZipSource, member: str, descr: str, extension: np.dtype[Any] 
     if not raw or extension.itemsize != int(raw[1]):
         _refuse(source, f"{member!r} of {descr!r} that is to be {extension}", "raw bytes of that size")
     return extension
-
-
-def _fortran_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(n or 1 for n in shape[:axis]) for axis in range(len(shape)))
 
 
 def _read_extensions(source: ZipSource) -> dict[str, np.dtype[Any]]:
@@ -203,8 +146,9 @@ def is_of_mlx(source: ZipSource) -> bool:
 
 
 def _header_text(source: ZipSource, member: str) -> bytes:
-    header = _read_header(source, member)
-    return _read(source, member, source.open(member), 0, header.length)
+    text = bytearray(_read_header(source, member).length)
+    source.open(member).read_into(0, memoryview(text))
+    return bytes(text)
 
 
 def write_npz(
@@ -236,7 +180,7 @@ def _unwritable(named: Iterable[tuple[str, Tensor]], reserved: str) -> Iterator[
         seen.add(name)
         if name == DTYPES_MEMBER != reserved:
             yield Problem(name, "an array of that name", "another name, this one is reserved")
-        if tensor.dtype.name not in EXTENSIONS and not _PLAIN.fullmatch(tensor.dtype.str):
+        if tensor.dtype.name not in EXTENSIONS and not PLAIN.fullmatch(tensor.dtype.str):
             yield Problem(name, f"dtype {tensor.dtype}", "numbers that .npz can hold")
 
 
@@ -264,7 +208,7 @@ def _packed(header: str) -> bytes:
     text = header.encode("ascii")
     fill = -(len(text) + 11) % _ALIGNMENT
     text += b" " * fill + b"\n"
-    return _MAGIC + b"\x01\x00" + struct.pack("<H", len(text)) + text
+    return MAGIC + b"\x01\x00" + struct.pack("<H", len(text)) + text
 
 
 def replace_arrays(
@@ -280,10 +224,11 @@ def replace_arrays(
     for name, tensor in tensors.items():
         member = f"{name}.npy"
         header = _read_header(source, member)
-        head = _read(source, member, source.open(member), 0, header.length)
+        head = bytearray(header.length)
+        source.open(member).read_into(0, memoryview(head))
         rearranged = tensor.permute(tuple(reversed(range(len(tensor.shape))))) if header.fortran_order else tensor
         elements = element_bytes(rearranged, ">" if header.descr.startswith(">") else "<")
-        new[member] = (len(head) + tensor.nbytes, itertools.chain([head], elements))
+        new[member] = (len(head) + tensor.nbytes, itertools.chain([bytes(head)], elements))
     replace_members(source, out, new)
 
 

@@ -114,13 +114,12 @@ def text_of(value: object) -> str | None:
 
 def _fill_in(target: ArrayRef, shape: object, dtype: object, fortran: object, elements: object) -> None:
     """What the pickle says of an array; a `fault` where that makes no array of numbers."""
-    sizes: tuple[Any, ...] | None = None
-    if isinstance(shape, tuple | list):
-        sizes = tuple(shape)
-    elif type(shape) is int:
-        sizes = (shape,)
+    listed: tuple[object, ...] | None = tuple(shape) if isinstance(shape, tuple | list) else None
+    if type(shape) is int:
+        listed = (shape,)
+    sizes = tuple(n for n in listed or () if type(n) is int and 0 <= n < 1 << 62)
     found = _dtype(dtype)
-    if sizes is None or len(sizes) > _RANK_LIMIT or any(type(n) is not int or not 0 <= n < 1 << 62 for n in sizes):
+    if listed is None or len(sizes) < len(listed) or len(sizes) > _RANK_LIMIT:
         target.fault = "an array whose shape is none"
         return
     if found is None:

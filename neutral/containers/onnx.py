@@ -23,7 +23,7 @@ from neutral.containers.onnx_tensors import Span, TensorProto, check_overlaps, r
 from neutral.containers.protobuf import FIXED32, FileReader, Place
 from neutral.errors import BadFile, Problem
 
-_MOST_FIELDS = 4_000_000
+_MOST_FIELDS = 2_000_000
 _MOST_NODES = 250_000
 _MOST_DEPTH = 32
 _LONGEST_NAME = 1 << 16

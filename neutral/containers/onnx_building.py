@@ -132,7 +132,7 @@ def _write_model(model: Model, file: BinaryIO, places: Mapping[str, tuple[int, i
 
 def _write_elements(tensor: Tensor, file: BinaryIO) -> None:
     for tile in tensor.tiles():
-        file.write(memoryview(tile.view(np.uint8)))
+        file.write(tile.view(np.uint8).data)
 
 
 def _graph(model: Model, places: Mapping[str, tuple[int, int]], aside: str) -> Iterator[Part]:

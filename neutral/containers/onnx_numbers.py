@@ -107,7 +107,8 @@ class Numbers(Tensor):
         if len(wide) and not 0 <= int(wide.min()) <= int(wide.max()) < 1 << (8 * same.itemsize):
             raise BadFile(Problem(self._where, f"a number outside {self.dtype}", "its bits", "the file is damaged"))
         if self.dtype.kind == "b":
-            return wide != 0
+            true: Array = wide != 0
+            return true
         bare: Array = wide.astype(same).view(self.dtype)
         return bare
 

@@ -25,6 +25,7 @@ from neutral.errors import Problem, Refused, raise_all
 from neutral.native import Tensor
 
 _RAW_DATA = 9
+_LONGEST_NAME = 255
 _CHECKSUM = 40
 """Digits of a SHA-1, the checksum of external data."""
 
@@ -97,6 +98,10 @@ def new_locations(locations: Sequence[str], old: str, new: str) -> dict[str, str
         while unique in used:
             count += 1
             unique = f"{name}.{count}"
+        if len(unique.encode()) > _LONGEST_NAME:
+            raise Refused(
+                Problem(new, f"{unique!r} for a file of external data", "a shorter name", "shorten the output's")
+            )
         used.add(unique)
         found[location] = unique
     return found
@@ -123,7 +128,9 @@ def _untied(there: Mapping[str, TensorProto], tensors: Mapping[str, Tensor]) -> 
         first = tensors.get(names[0])
         for name in names[1:]:
             if not _same(first, tensors.get(name)):
-                yield Problem(name, f"other elements than {names[0]} has", "the same, for the two lie in the same bytes")
+                yield Problem(
+                    name, f"other elements than {names[0]} has", "the same, for the two lie in the same bytes"
+                )
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:

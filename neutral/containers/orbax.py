@@ -43,12 +43,14 @@ from neutral.containers.orbax_metadata import (
 from neutral.containers.tree import DTYPES, Path, PyTree, dotted, grouped, in_order, misfits
 from neutral.containers.zarr import Source, Store, ZarrArray, read_array
 from neutral.containers.zarr_writing import rewrite_chunks, write_array
-from neutral.errors import BadFile, Problem, Refused, raise_all
+from neutral.errors import BadFile, Problem, Refused, Unsupported, raise_all
 from neutral.native import Tensor, from_array
 
 _MOST_CHILDREN = 10_000
 _MOST_LEAVES = 1 << 18
 _UNFINISHED = ".orbax-checkpoint-tmp"
+_AGGREGATE = "checkpoint"
+"""A msgpack file in which Orbax once kept values beside the arrays."""
 
 
 def holds_checkpoint(folder: FilePath) -> bool:
@@ -100,6 +102,22 @@ def locate(folder: FilePath, key: str | None) -> str:
     raise Refused(Problem(str(folder), what, "one", "choose one with --key"))
 
 
+def split_key(folder: FilePath, key: str | None) -> tuple[str | None, str | None]:
+    """The beginning of a key that names a checkpoint, and the rest, which names something in it.
+
+    `100/params` may be a checkpoint of a step, or the parameters in the only checkpoint of one.
+    """
+    if key is None:
+        return None, None
+    found = checkpoints(folder)
+    named = {name for place in found if place for name in (place, *place.split("/"))}
+    parts = key.strip("/").split("/")
+    for i in range(min(2, len(parts)), 0, -1):
+        if "/".join(parts[:i]) in named:
+            return "/".join(parts[:i]), "/".join(parts[i:]) or None
+    return (None, key) if len(found) == 1 else (key, None)
+
+
 def read(path: FilePath, key: str | None = None) -> PyTree:
     """The tree of a checkpoint, its arrays unread."""
     opened = _Checkpoint(path, locate(path, key))
@@ -142,6 +160,9 @@ class _Checkpoint:
                 if leads_outside(item.name) or "\0" in item.name:
                     raise BadFile(Problem(f"{where}: {item.name}", "a name that leads elsewhere", "one in the folder"))
                 array = read_array(self._store, item.name, source)
+                if array is None and self.folder.size(_AGGREGATE) is not None:
+                    found = f"a value that may be in the file {_AGGREGATE!r}, as in Orbax of 2023"
+                    raise Unsupported(Problem(f"{where}: {item.name}", found, "an array", "save it with a newer Orbax"))
                 if array is None:
                     raise BadFile(Problem(f"{where}: {item.name}", "no array", "that of the leaf", "get it again"))
                 self.arrays[path] = array

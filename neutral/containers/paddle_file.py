@@ -179,7 +179,8 @@ class PaddleFile:
         """The dtype that paddle gives an array when it is loaded; one that it does not have is `Refused`."""
         stored: np.dtype[Any] = saved.array.dtype
         if stored == np.dtype("<u2"):
-            return DTYPES["bfloat16"]
+            bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+            return bfloat16
         if stored.newbyteorder("=") not in DTYPES.values():
             problem = Problem(
                 str(self.path), f"an array of {stored}", f"one of {', '.join(DTYPES)}", "convert it first"

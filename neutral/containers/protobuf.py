@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from neutral.containers.files import SourceFile
 from neutral.errors import BadFile, Problem
@@ -122,8 +123,7 @@ def file_fields(file: SourceFile, start: int, stop: int, where: str) -> Iterator
         raise _short(where)
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """One field of a message in a file, unread: its payload (of a varint or fixed field: `value`) from `at` to `stop`,
     its tag from `head` on."""
 
@@ -165,6 +165,15 @@ class FileReader:
             if self._count > self._most:
                 raise BadFile(Problem(self.where, f"over {self._most} fields", "fewer", "is this a file of weights?"))
             head = at
+            i = at - self._start
+            window = self._window
+            # Nearly all fields are short: their tag and length are a byte each.
+            if 0 <= i < len(window) - 1 and at + 1 < stop and window[i] < 0x80 and window[i] & 7 == BYTES:
+                number, length = window[i] >> 3, window[i + 1]
+                if number and length < 0x80 and length <= stop - at - 2:
+                    at += 2 + length
+                    yield Place(number, BYTES, head, at - length, at)
+                    continue
             view = self._view(at, min(2 * _LONGEST_VARINT, stop - at))
             number, wire, value, used = _head(view, 0, self.where)
             at += used

@@ -19,6 +19,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from neutral.containers import msgpack, orbax
+from neutral.containers.orbax import split_key
 from neutral.containers.tree import Path, PyTree
 from neutral.native import Tensor
 
@@ -29,6 +30,7 @@ __all__ = [
     "read_orbax",
     "replace_msgpack",
     "replace_orbax",
+    "split_key",
     "write_msgpack",
     "write_orbax",
 ]

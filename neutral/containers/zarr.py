@@ -280,10 +280,11 @@ def _fill(found: object, dtype: np.dtype[Any], source: Source, name: str) -> Any
         if isinstance(found, str) and found.startswith("0x") and native.itemsize <= 8:
             bits = int(found[:20], 16).to_bytes(native.itemsize, "little")
             return np.frombuffer(bits, native.newbyteorder("<"))[0].astype(native)
-        parts = found if isinstance(found, list) and len(found) == 2 and native.kind == "c" else [found]
+        parts: list[Any] = found if isinstance(found, list) and len(found) == 2 and native.kind == "c" else [found]
         values = [named[part] if isinstance(part, str) else part for part in parts]
         if all(isinstance(value, bool | int | float) for value in values):
-            return np.array(complex(*values) if len(values) == 2 else values[0]).astype(native)[()]
+            value = complex(float(values[0]), float(values[1])) if len(values) == 2 else values[0]
+            return np.array(value).astype(native)[()]
     except (KeyError, ValueError, OverflowError):
         pass
     raise _bad(source, name, f"the fill value {found!r}"[:80], f"one of dtype {native}")

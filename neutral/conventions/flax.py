@@ -6,8 +6,10 @@ cell of an `nn.RNN` is named `cell/…` in it, those of a `Bidirectional` `forwa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
+from typing import Any
 
 from neutral.conventions.flax_settings import (
     attention,
@@ -23,7 +25,7 @@ from neutral.conventions.flax_settings import (
     norm,
     simple_rnn,
 )
-from neutral.conventions.forms import Attributes, Config, Convention, Form, Row, Sizes, layer
+from neutral.conventions.forms import Attributes, Config, Convention, Form, Row, Shapes, Sizes, layer
 
 PARAMS = "params"
 STATISTICS = "batch_stats"
@@ -42,12 +44,12 @@ def separator_of(names: Iterable[str]) -> str:
 
 
 def full_name(path: Sequence[str]) -> str:
-    """A leaf's full name. A slash within a key is written ~1, a tilde ~0.
+    """A leaf's full name. A slash within a key is written ~1, a tilde ~0, and what stands before the number of a slice ~2.
 
     >>> full_name(("params", "WeightNorm_0", "Dense_0/kernel/scale"))
     'params/WeightNorm_0/Dense_0~1kernel~1scale'
     """
-    return "/".join(key.replace("~", "~0").replace("/", "~1") for key in path)
+    return "/".join(key.replace("~", "~0").replace("/", "~1").replace("#", "~2") for key in path)
 
 
 LSTM_GATES = ("ii", "if", "ig", "io", "hi", "hf", "hg", "ho")
@@ -64,11 +66,111 @@ ATTENTION_PARTS = ("query", "key", "value", "out")
 _DIRECTIONS = "{direction:forward_rnn/cell/|backward_rnn/cell/}"
 
 
-def _with_space(sizes: Sizes) -> bool:
-    return "x0" in sizes
+_SPACES = ("x0", "x0 x1", "x0 x1 x2")
+"""Spatial axes of a kernel."""
 
 
-# Dense
+# Layers with a kernel, and the same with a WeightNorm around
+
+
+def _normed(space: int, native: str, canonical: str) -> tuple[tuple[Row, ...], ...]:
+    """The rows of a kernel under WeightNorm, its scale one per output (as is usual), per input, or one in all."""
+    ones = ["1"] * (2 + space)
+    first, second, *_ = canonical.split()
+    scales = [("", "")]
+    for i, axis in enumerate((first, second)):
+        scales.append((axis, " ".join([*ones[:i], axis, *ones[i + 1 :]])))
+    return tuple(
+        (
+            Row("kernel_magnitude", "WeightNorm/scale", one, many, required=True),
+            Row("kernel_direction", "kernel", native, canonical, required=True),
+        )
+        for one, many in scales
+    )
+
+
+def _kernel_forms(
+    kind: str,
+    classes: tuple[str, ...],
+    layouts: tuple[tuple[str, str], ...],
+    bias: Row,
+    attributes: Attributes,
+    check: Callable[[Sizes], bool],
+    applies: Callable[[Config], bool] = lambda config: True,
+    says: str = "",
+) -> tuple[Form, ...]:
+    """A layer by the layouts of its kernel (native and canonical axes): plain, then under WeightNorm."""
+    forms = []
+    for native, canonical in layouts:
+        rows = (Row("kernel", "kernel", native, canonical), bias)
+        forms.append(
+            Form(classes, (layer(kind, *rows, attributes=attributes, check=check),), applies=applies, says=says)
+        )
+    for native, canonical in layouts:
+        for pair in _normed(len(canonical.split()) - 2, native, canonical):
+            axis = -1 if pair[0].native == "out" else -2 if pair[0].native == "in" else None
+            told = f"feature_axes={json.dumps(axis)}"
+            forms.append(
+                Form(
+                    classes,
+                    (layer(kind, *pair, bias, attributes=_reparametrized(attributes), check=check),),
+                    applies=_both(applies, _told("feature_axes", axis)),
+                    says=f"{says}, {told}" if says else told,
+                )
+            )
+    return tuple(forms)
+
+
+def _reparametrized(attributes: Attributes) -> Attributes:
+    return lambda config, sizes: {**attributes(config, sizes), "reparametrization": "weight_norm"}
+
+
+def _told(name: str, value: object) -> Callable[[Config], bool]:
+    """True for layers of which a setting is known to be so; what nobody says applies to none."""
+    return lambda config: name in config and config[name] == value
+
+
+def _both(one: Callable[[Config], bool], other: Callable[[Config], bool]) -> Callable[[Config], bool]:
+    return lambda config: one(config) and other(config)
+
+
+_BIAS = Row("bias", "bias", "out")
+_DENSE = _kernel_forms(
+    "dense",
+    ("Dense", "Linear", "DenseGeneral", "LinearGeneral"),
+    (("in out", "out in"),),
+    _BIAS,
+    dense,
+    lambda sizes: True,
+    applies=lambda config: config.get("kernel_rank", 2) == 2,
+)
+_CONV = _kernel_forms(
+    "conv",
+    ("Conv",),
+    tuple((f"{space} in out", f"out in {space}") for space in _SPACES),
+    _BIAS,
+    conv,
+    lambda sizes: True,
+    applies=lambda config: config.get("input_dilation") in (None, 1) and not config.get("masked"),
+)
+
+
+def _transposed(kernel: bool) -> tuple[Form, ...]:
+    """By `transpose_kernel`: (k out in); without it, as is usual, (k in out) and turned around."""
+    layouts = []
+    for space in _SPACES:
+        turned = " ".join(f"~{axis}" for axis in space.split())
+        layouts.append((f"{space} out in" if kernel else f"{turned} in out", f"in out {space}"))
+    return _kernel_forms(
+        "conv_transpose",
+        ("ConvTranspose",),
+        tuple(layouts),
+        Row("bias", "bias", "channel"),
+        conv_transpose,
+        lambda sizes: sizes.get("channel", sizes["out"]) == sizes["out"],
+        applies=_told("transpose_kernel", kernel),
+        says=f"transpose_kernel={str(kernel).lower()}",
+    )
 
 
 def _general(taken: int, made: int) -> Form:
@@ -85,17 +187,14 @@ def _general(taken: int, made: int) -> Form:
         attributes=dense,
         check=without_batch,
     )
-    return Form(("DenseGeneral", "LinearGeneral"), (part,), applies=_axes_not_told)
+    rank = taken + made
+    return Form(
+        ("DenseGeneral", "LinearGeneral"),
+        (part,),
+        applies=lambda config: "features" not in config and config.get("kernel_rank", rank) == rank,
+        says=f"kernel_rank={rank}",
+    )
 
-
-def _axes_not_told(config: Config) -> bool:
-    return "features" not in config
-
-
-_PLAIN_DENSE = Form(
-    ("Dense", "Linear", "DenseGeneral", "LinearGeneral"),
-    (layer("dense", Row("kernel", "kernel", "in out"), Row("bias", "bias", "out"), attributes=dense),),
-)
 
 _UNNAMED_EINSUMS = tuple(
     # A kernel whose class is not known may be that of an Einsum, whose equation alone tells its axes.
@@ -108,32 +207,6 @@ _UNNAMED_EINSUMS = tuple(
     )
     for axes in ("a b", "a b c", "a b c d", "a b c d e")
 )
-
-
-# Convolutions
-
-
-def _transposed(kernel: bool) -> tuple[Form, ...]:
-    """By `transpose_kernel`: (k out in); without it, as is usual, (k in out) and turned around."""
-    forms = []
-    for axes in ("x0", "x0 x1", "x0 x1 x2"):
-        space = axes if kernel else " ".join(f"~{axis}" for axis in axes.split())
-        native = f"{space} out in" if kernel else f"{space} in out"
-        part = layer(
-            "conv_transpose",
-            Row("kernel", "kernel", native, f"in out {axes}"),
-            Row("bias", "bias", "channel"),
-            attributes=conv_transpose,
-            check=lambda sizes: sizes.get("channel", sizes["out"]) == sizes["out"],
-        )
-        says = f"transpose_kernel={str(kernel).lower()}"
-        forms.append(Form(("ConvTranspose",), (part,), applies=_told("transpose_kernel", kernel), says=says))
-    return tuple(forms)
-
-
-def _told(name: str, value: bool) -> Callable[[Config], bool]:
-    """True for layers of which a setting is known to be so; what nobody says applies to none."""
-    return lambda config: config.get(name) is value
 
 
 # Norms
@@ -254,22 +327,22 @@ _ATTENTION = (
 )
 
 
+_DECIDING = ("transpose_kernel", "feature_axes", "equation", "features", "axis", "batch_axis")
+"""Settings without which the tensors of a layer do not tell how they are stored."""
+
+
+def _deciding(config: Config, shapes: Shapes) -> dict[str, Any]:
+    return {
+        name: config[name]
+        for name in _DECIDING
+        if name in config and (name != "feature_axes" or "WeightNorm/scale" in shapes) and "kernel" in shapes
+    }
+
+
 FORMS = (
-    _PLAIN_DENSE,
+    *_DENSE,
     *(_general(taken, made) for taken, made in product((1, 2), (1, 2)) if (taken, made) != (1, 1)),
-    Form(
-        ("Conv",),
-        (
-            layer(
-                "conv",
-                Row("kernel", "kernel", "... in out"),
-                Row("bias", "bias", "out"),
-                attributes=conv,
-                check=_with_space,
-            ),
-        ),
-        applies=lambda config: config.get("input_dilation") in (None, 1),
-    ),
+    *_CONV,
     *_transposed(False),
     *_transposed(True),
     Form(("Embed",), (layer("embedding", Row("embedding", "embedding", "token feature")),)),
@@ -298,7 +371,7 @@ FORMS = (
                 "attention",
                 *_ATTENTION,
                 attributes=attention,
-                check=lambda sizes: sizes["head"] == sizes["kv_head"] and sizes["dim"] == sizes["value_dim"],
+                check=lambda sizes: sizes["dim"] == sizes["value_dim"],
             ),
         ),
     ),
@@ -306,13 +379,14 @@ FORMS = (
 )
 
 
+_LIFTED = ("", "Checkpoint", "Remat", "Jit")
+"""What transformations that keep a layer's tensors as they are put in front of its class."""
+
 FLAX = Convention(
     framework="flax",
     forms=FORMS,
     flatten="position channel",
     build=einsum_forms,
-    deciding=lambda config, shapes: {
-        name: config[name] for name in ("transpose_kernel", "equation", "features") if name in config
-    },
-    auto_names={cls: cls for form in FORMS for cls in form.classes},
+    deciding=_deciding,
+    auto_names={f"{lifted}{cls}": cls for form in FORMS for cls in form.classes for lifted in _LIFTED},
 )

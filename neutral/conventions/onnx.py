@@ -209,17 +209,36 @@ def _dense(classes: tuple[str, ...], axes: str, applies: Callable[[Config], bool
 
 
 def _einsum(cls: str, config: Config) -> tuple[Form, ...]:
-    """An Einsum as Keras' EinsumDense of the same equation, the kernel second."""
+    """An Einsum as Keras' EinsumDense of the same equation, or as a bilinear layer.
+
+    >>> _einsum("Einsum", {"equation": "ni,nj,oij->no"})[0].parts[0].rows[0].native
+    'out in1 in2'
+    """
+    equation = str(config.get("equation", "")).replace(" ", "")
     if cls != "Einsum":
         return ()
+    if equation.count(",") == 2:
+        return _bilinear(equation)
     forms = []
-    for form in einsum_forms("EinsumDense", {"equation": config.get("equation", "")}):
-        rows = tuple(
-            Row(row.role, "W", row.native, row.canonical, row.rule, row.required, row.raw) for row in form.parts[0].rows
-        )
-        part = layer(form.parts[0].kind, *rows, attributes=form.parts[0].attributes)
-        forms.append(Form(("Einsum",), (part,), guessable=False))
+    for form in einsum_forms("EinsumDense", {"equation": equation, "bias_axes": config.get("bias_axes", "")}):
+        (known,) = form.parts
+        rows = [replace(row, name=name) for row, name in zip(known.rows, ("W", "B"), strict=False)]
+        if known.kind == "einsum_dense" and len(rows) == 1:
+            rows.append(Row("bias", "B", raw=True))
+        forms.append(Form(("Einsum",), (replace(known, rows=tuple(rows)),), guessable=False))
     return tuple(forms)
+
+
+def _bilinear(equation: str) -> tuple[Form, ...]:
+    operands, _, result = equation.partition("->")
+    first, second, kernel = operands.split(",")
+    shared = result[:-1]
+    names = {result[-1:]: "out", first[-1:]: "in1", second[-1:]: "in2"}
+    told = sorted(kernel) == sorted(names) and not set(kernel) & set(shared)
+    if not told or first[:-1] != shared or second[:-1] != shared:
+        return ()
+    rows = (Row("kernel", "W", " ".join(names[letter] for letter in kernel)), Row("bias", "B", "out"))
+    return (Form(("Einsum",), (layer("bilinear", *rows),), guessable=False),)
 
 
 _ATTENTION = (
@@ -232,7 +251,7 @@ _ATTENTION = (
     Row("output_kernel", "output.W", "attended out"),
     Row("output_bias", "output.B", "out"),
     Row("extra_key", "extra_key", "1 1 key"),
-    Row("extra_value", "extra_value", "1 1 value"),
+    Row("extra_value", "extra_value", "1 1 key"),
 )
 """An attention is several operators: products with these weights, and what stands between them."""
 
@@ -243,7 +262,9 @@ def _attention(config: Config, sizes: Sizes) -> dict[str, Any]:
 
 
 def _deciding(config: Config, shapes: Shapes) -> dict[str, Any]:
-    return {name: config[name] for name in ("equation", "transB", "linear_before_reset") if config.get(name)}
+    return {
+        name: config[name] for name in ("equation", "bias_axes", "transB", "linear_before_reset") if config.get(name)
+    }
 
 
 ONNX = Convention(
@@ -256,10 +277,12 @@ ONNX = Convention(
         Form(("ConvTranspose",), (layer("conv_transpose", Row("kernel", "W", "in out ..."), Row("bias", "B", "channel"), attributes=_conv_transpose, check=lambda sizes: "x0" in sizes and _grouped(sizes)),), guessable=False),
         Form(("Gather",), (layer("embedding", Row("embedding", "data", "token feature")),), guessable=False),
         _norm("BatchNormalization", "batch_norm", _batch_norm, "scale", "B", "mean", "var"),
-        Form(("LayerNormalization",), (layer("layer_norm", Row("scale", "scale", "...", required=True), Row("bias", "B", "..."), attributes=_layer_norm),), guessable=False),
+        Form(("LayerNormalization",), (layer("layer_norm", Row("scale", "scale", "feature", "feature"), Row("bias", "B", "feature", "feature"), attributes=_layer_norm),), guessable=False),
+        Form(("LayerNormalization",), (layer("layer_norm", Row("scale", "scale", "..."), Row("bias", "B", "..."), attributes=_layer_norm),), guessable=False),
         _norm("GroupNormalization", "group_norm", _group_norm, "scale", "bias"),
         _norm("InstanceNormalization", "instance_norm", _eps, "scale", "B"),
         Form(("RMSNormalization",), (layer("rms_norm", Row("scale", "scale", "..."), attributes=_eps),), guessable=False),
+        Form(("PRelu",), (layer("prelu", Row("slope", "slope", "feature", "feature")),), guessable=False),
         Form(("PRelu",), (layer("prelu", Row("slope", "slope", "feature ...", "feature ...")),), guessable=False),
         Form(("Attention",), (layer("attention", *_ATTENTION, attributes=_attention),), guessable=False),
         *_recurrent("RNN", "simple_rnn", "", "", _rnn),

@@ -16,13 +16,14 @@ import numpy as np
 
 from neutral import rules
 from neutral.containers.onnx import ModelProto, NodeProto, named_tensors
-from neutral.containers.onnx_constants import Expression, Leaf, Reshaped, backward, forward, leaves, undoable
+from neutral.containers.onnx_constants import Expression, Leaf, Permuted, Reshaped, backward, forward, leaves, undoable
 from neutral.containers.onnx_tensors import DTYPES, STRING
 from neutral.conventions.onnx import RECURRENT, refusal
+from neutral.conventions.onnx_flatten import Crossings, Used, follow
 from neutral.conventions.onnx_names import anonymous, common_stem, folded, module_of
 from neutral.conventions.onnx_ranks import rank_of
 from neutral.conventions.onnx_scope import Scope, subgraphs
-from neutral.errors import Problem, Unsupported, raise_all
+from neutral.errors import BadFile, Problem, Unsupported, raise_all
 from neutral.native import Tensor
 
 _WEIGHTS: Mapping[str, Mapping[str, int]] = {
@@ -52,6 +53,10 @@ _SETTINGS: Mapping[str, tuple[int, ...]] = {
 _QUANTIZED = ("DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "QuantizeLinear")
 _SPREADING = ("Expand", "Identity", "Cast", "Slice", "Reshape", "Unsqueeze", "Squeeze", "Tile", "Concat")
 _MOST_STEPS = 64
+_FOLDED = {
+    "folded": "a batch normalization was computed into its weights",
+    "computed": "the exporter computed its weights, and does not say of what (a batch normalization may be in them)",
+}
 _INITIAL_STATES = (5, 6)
 _LARGEST_STATE = 1 << 24
 
@@ -91,21 +96,46 @@ class FoundLayers:
 
     layers: tuple[FoundLayer, ...]
     notes: tuple[str, ...]
+    splits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    unsettled: frozenset[str] = frozenset()
+    turned: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Layers that stand where the graph has an image with its channels last as one axis: these axes of them, and their
+    channels. Their views have the channels first."""
 
 
 def layers_of(model: ModelProto, where: str) -> FoundLayers:
     """The layers of a model; `Unsupported` for weights that numpy has no elements for."""
     names = {tensor.span.at: name for name, tensor in named_tensors(model).items()}
     finder = _Finder(model.opset, names)
-    finder.graph(Scope(model.graph, model.opset, names))
+    scope = Scope(model.graph, model.opset, names)
+    finder.graph(scope)
     raise_all(Unsupported, _unreadable(model, where))
-    return FoundLayers(tuple(finder.named()), tuple(finder.notes))
+    crossings = finder.crossings(scope)
+    for number, axes in crossings.turned.items():
+        _turn(finder.candidates[number], axes, crossings.splits[number])
+    layers = tuple(finder.named())
+    paths = [layer.path for layer in layers]
+    return FoundLayers(
+        layers,
+        tuple(finder.notes),
+        {paths[number]: axes for number, axes in crossings.splits.items()},
+        frozenset(paths[number] for number in crossings.unsettled),
+        {
+            paths[number]: {axis: crossings.splits[number][axis] for axis in sorted(axes)}
+            for number, axes in crossings.turned.items()
+        },
+    )
 
 
 def _unreadable(model: ModelProto, where: str) -> Iterator[Problem]:
     for name, tensor in named_tensors(model).items():
         if tensor.data is None and tensor.code != STRING:
-            yield Problem(f"{where}: {name}", "elements smaller than a byte", "whole bytes", "use a model that is not quantized so")
+            yield Problem(
+                f"{where}: {name}",
+                "elements smaller than a byte",
+                "whole bytes",
+                "use a model that is not quantized so",
+            )
     for name in model.graph.sparse:
         yield Problem(f"{where}: {name}", "a sparse initializer", "a dense one", "save the model without it")
 
@@ -119,7 +149,7 @@ class _Candidate:
     config: dict[str, Any]
     nodes: list[NodeProto]
     factors: dict[str, float] = field(default_factory=dict)
-    folded: bool = False
+    folded: str = ""
     values: list[str] = field(default_factory=list)
     """What the graph calls its tensors where they are used."""
 
@@ -153,7 +183,7 @@ class _Finder:
         self._loose(scope, claimed)
 
     def _layer(self, scope: Scope, node: NodeProto) -> tuple[_Candidate, list[tuple[NodeProto, str]]] | None:
-        if node.domain:
+        if node.domain or not node.outputs:
             return None
         if node.op_type == "Einsum":
             return _einsum(scope, node)
@@ -164,14 +194,20 @@ class _Finder:
         used: list[tuple[NodeProto, str]] = []
         for i, (local, place) in enumerate(places.items()):
             value = node.inputs[place] if len(node.inputs) > place else ""
-            if not value or (i and scope.zero(value)):
+            if not value or (i and scope.zero(value)) or (local == "scale" and scope.ones(value)):
                 continue
             expression = scope.floats(value)
-            if expression is None or not undoable(expression):
+            if expression is None or not expression.shape or not undoable(expression):
                 return None
             found[local] = expression
             used.append((node, value))
-        if next(iter(places)) not in found or any(scope.constant(node.inputs[i]) for i in _data_places(node)):
+        # A norm may have a bias and no scale but ones.
+        needed = next(iter(places))
+        if (
+            not found
+            or (needed not in found and needed != "scale")
+            or any(scope.constant(node.inputs[i]) for i in _data_places(node))
+        ):
             return None
         candidate = _Candidate(node.op_type, found, _settings(node), [node])
         fits = _FITTING.get(node.op_type, _as_it_is)(scope, node, candidate)
@@ -199,8 +235,27 @@ class _Finder:
                         self.loose.append((leaf, node))
         for name, tensor in scope.graph.initializers.items():
             leaf = Leaf(scope.name_of(tensor), tensor)
-            if tensor.data is not None and leaf.name not in used and name not in scope.users and _is_weight(leaf, None, 0, False):
+            if (
+                tensor.data is not None
+                and leaf.name not in used
+                and name not in scope.users
+                and _is_weight(leaf, None, 0, False)
+            ):
                 self.loose.append((leaf, None))
+
+    def crossings(self, scope: Scope) -> Crossings:
+        """Which layers cross a Flatten, by their numbers."""
+        used: dict[int, Used] = {}
+        adds: set[int] = set()
+        for number, candidate in enumerate(self.candidates):
+            first = next(iter(candidate.expressions.values()))
+            made = _made(candidate, first)[0]
+            for node in candidate.nodes:
+                if node.op_type == candidate.cls:
+                    used[id(node)] = Used(number, node.op_type, first.shape, made)
+                else:
+                    adds.add(id(node))
+        return follow(scope, used, frozenset(adds))
 
     def named(self) -> Iterator[FoundLayer]:
         """The layers under paths that differ, their tensors under names that do."""
@@ -213,9 +268,7 @@ class _Finder:
                 name = _unique(_tensor_name(expression, path, local, seen), seen)
                 views[local] = View(name, expression, candidate.factors.get(local, 1.0))
             if candidate.folded:
-                self.notes.append(
-                    f"{path}: a batch normalization is computed into its weights; they are not those of the layer alone"
-                )
+                self.notes.append(f"{path}: {_FOLDED[candidate.folded]}; they are not the layer's own")
             why = refusal(str(candidate.cls), candidate.config) or candidate.config.get("odd", "")
             if "P" in views:
                 why = "; ".join(part for part in (why, "peepholes") if part)
@@ -259,8 +312,45 @@ def _data_places(node: NodeProto) -> tuple[int, ...]:
     return (place,) if len(node.inputs) > place else ()
 
 
+_INTS = ("dilations", "kernel_shape", "output_padding", "output_shape", "pads", "strides")
+_FLOATS = ("activation_alpha", "activation_beta")
+_TYPES: Mapping[str, type] = {
+    **dict.fromkeys(("alpha", "beta", "clip", "epsilon", "momentum"), float),
+    **dict.fromkeys(("auto_pad", "direction", "equation"), str),
+    **dict.fromkeys(
+        (
+            "axis",
+            "group",
+            "hidden_size",
+            "input_forget",
+            "layout",
+            "linear_before_reset",
+            "num_groups",
+            "transA",
+            "transB",
+        ),
+        int,
+    ),
+}
+"""What the attributes of operators with weights hold."""
+
+
 def _settings(node: NodeProto) -> dict[str, Any]:
-    return {name: value for name, value in node.attributes.items() if isinstance(value, int | float | str | tuple)}
+    """The attributes of a node, `BadFile` for one that holds what its operator does not take."""
+    found = {name: value for name, value in node.attributes.items() if isinstance(value, int | float | str | tuple)}
+    for name, value in found.items():
+        listed: type | None = (
+            int if name in _INTS else float if name in _FLOATS else str if name == "activations" else None
+        )
+        if listed is not None:
+            right = isinstance(value, tuple) and all(type(each) is listed for each in value)
+        else:
+            right = type(value) is _TYPES.get(name, type(value))
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not right or any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
+            where = node.name or node.op_type
+            raise BadFile(Problem(where, f"the attribute {name} of {value!r}", "one that the operator takes"))
+    return found
 
 
 def _as_it_is(scope: Scope, node: NodeProto, candidate: _Candidate) -> bool:
@@ -334,21 +424,26 @@ def _prelu(scope: Scope, node: NodeProto, candidate: _Candidate) -> bool:
     return True
 
 
+def _window(scope: Scope, node: NodeProto, candidate: _Candidate) -> bool:
+    return len(candidate.expressions["W"].shape) > 2
+
+
 def _recurrent(scope: Scope, node: NodeProto, candidate: _Candidate) -> bool:
-    return "R" in candidate.expressions
+    return "R" in candidate.expressions and all(len(candidate.expressions[local].shape) == 3 for local in "WR")
 
 
 _FITTING = {
     "Gemm": _gemm,
     "MatMul": _matmul,
     "Gather": _gather,
+    **dict.fromkeys(("Conv", "ConvTranspose"), _window),
     "BatchNormalization": _vectors,
     "InstanceNormalization": _vectors,
     "GroupNormalization": _group_norm,
     "PRelu": _prelu,
     **dict.fromkeys(RECURRENT, _recurrent),
 }
-_BIASED = ("Gemm", "MatMul", "Conv", "ConvTranspose", "Einsum")
+_BIASED = ("Gemm", "MatMul", "Conv", "ConvTranspose")
 
 
 def _flat(expression: Expression) -> Expression:
@@ -358,25 +453,55 @@ def _flat(expression: Expression) -> Expression:
 
 def _bias_behind(scope: Scope, node: NodeProto, candidate: _Candidate) -> list[tuple[NodeProto, str]]:
     """The bias that an Add behind the operator adds, if it is one: then it is the layer's, and its uses are told."""
-    adds = scope.only_user(node.outputs[0])
-    if adds is None or adds.op_type != "Add" or adds.domain or len(adds.inputs) != 2:
+    added = _added(scope, node)
+    if added is None:
         return []
-    value = adds.inputs[1] if adds.inputs[0] == node.outputs[0] else adds.inputs[0]
-    bias, weight = scope.floats(value), candidate.expressions["W"]
-    if bias is None or not undoable(bias):
-        return []
+    adds, value, bias = added
+    weight = candidate.expressions["W"]
     out, behind = _made(candidate, weight)
     if not bias.shape or len(bias.shape) <= behind:
         return []
     place = len(bias.shape) - 1 - behind
     if bias.shape[place] != out or any(n != 1 for i, n in enumerate(bias.shape) if i != place):
         return []
-    names = [leaf.name for part in (weight, bias) for leaf in leaves(part)]
-    if not common_stem(names) and any(common_stem([name]) for name in names):
-        return []  # names say that it belongs to something else
+    if _belongs_elsewhere(weight, bias):
+        return []
     candidate.expressions["B"] = _flat(bias)
-    candidate.nodes.append(adds)
-    return [(adds, value)]
+    candidate.nodes += adds
+    return [(adds[-1], value)]
+
+
+def _added(scope: Scope, node: NodeProto) -> tuple[list[NodeProto], str, Expression] | None:
+    """The one node behind another if it adds a constant: what is between them and the node, and the constant with its name."""
+    made = node.outputs[0]
+    adds = scope.only_user(made)
+    between: list[NodeProto] = []
+    for _ in range(_MOST_STEPS):
+        if adds is None or not _changes_nothing(scope, node, adds):
+            break
+        between.append(adds)
+        made = adds.outputs[0]
+        adds = scope.only_user(made)
+    if adds is None or adds.op_type != "Add" or adds.domain or len(adds.inputs) != 2:
+        return None
+    value = adds.inputs[1] if adds.inputs[0] == made else adds.inputs[0]
+    bias = scope.floats(value)
+    return None if bias is None or not undoable(bias) else ([*between, adds], value, bias)
+
+
+def _changes_nothing(scope: Scope, node: NodeProto, behind: NodeProto) -> bool:
+    """True for a node behind one with weights that gives its result on as it is."""
+    if behind.domain or len(behind.outputs) != 1:
+        return False
+    weights = [found for value in node.inputs if (found := scope.floats(value)) is not None]
+    same = weights and behind.attributes.get("to") == next(leaves(weights[0])).tensor.code
+    return behind.op_type == "Identity" or (behind.op_type == "Cast" and bool(same))
+
+
+def _belongs_elsewhere(weight: Expression, bias: Expression) -> bool:
+    """True if names say that a bias is not of the layer whose weight this is."""
+    stems = [common_stem(leaf.tensor.name for leaf in leaves(part)) for part in (weight, bias)]
+    return all(stems) and stems[0] != stems[1]
 
 
 def _made(candidate: _Candidate, weight: Expression) -> tuple[int, int]:
@@ -391,19 +516,63 @@ def _made(candidate: _Candidate, weight: Expression) -> tuple[int, int]:
     return weight.shape[-1], 0
 
 
+def _turn(candidate: _Candidate, axes: set[str], channels: Mapping[str, int]) -> None:
+    """Give a layer whose axes hold (position channel) views in which they hold (channel position)."""
+    for local, expression in candidate.expressions.items():
+        if local == "W":
+            outer = 0 if candidate.config.get("transB", 0) else 1
+            places = {"out": outer, "in": 1 - outer}
+        else:
+            places = {"out": 0, "feature": 0}
+        for axis in axes:
+            if axis in places:
+                expression = _channels_first(expression, places[axis], channels[axis])
+        candidate.expressions[local] = expression
+
+
+def _channels_first(expression: Expression, axis: int, channels: int) -> Expression:
+    shape = expression.shape
+    parted = (*shape[:axis], shape[axis] // channels, channels, *shape[axis + 1 :])
+    order = list(range(len(parted)))
+    order[axis], order[axis + 1] = axis + 1, axis
+    return Reshaped(Permuted(Reshaped(expression, parted), tuple(order)), shape)
+
+
 def _einsum(scope: Scope, node: NodeProto) -> tuple[_Candidate, list[tuple[NodeProto, str]]] | None:
+    """An Einsum of a value or two and a kernel, in whichever order they are given: the kernel is put last."""
     equation = str(node.attributes.get("equation", "")).replace(" ", "")
     operands, arrow, result = equation.partition("->")
     terms = operands.split(",")
-    constants = [scope.floats(value) for value in node.inputs]
-    if len(node.inputs) != 2 or not arrow or len(terms) != 2 or sum(c is not None for c in constants) != 1:
+    constants = [scope.constant(value) for value in node.inputs]
+    places = [i for i, constant in enumerate(constants) if constant is not None]
+    if not arrow or len(terms) != len(node.inputs) or len(places) != 1 or len(terms) not in (2, 3):
         return None
-    place = 0 if constants[0] is not None else 1
-    kernel = constants[place]
+    (place,) = places
+    kernel = scope.floats(node.inputs[place])
     if kernel is None or not undoable(kernel) or len(terms[place]) != len(kernel.shape):
         return None
-    config = {**_settings(node), "equation": f"{terms[1 - place]},{terms[place]}->{result}"}
-    return _Candidate("Einsum", {"W": kernel}, config, [node]), [(node, node.inputs[place])]
+    others = [term for i, term in enumerate(terms) if i != place]
+    config = {**_settings(node), "equation": f"{','.join(others)},{terms[place]}->{result}"}
+    candidate = _Candidate("Einsum", {"W": kernel}, config, [node])
+    sizes = dict(zip(terms[place], kernel.shape, strict=True))
+    return candidate, [(node, node.inputs[place]), *_einsum_bias(scope, node, candidate, others, result, sizes)]
+
+
+def _einsum_bias(
+    scope: Scope, node: NodeProto, candidate: _Candidate, others: list[str], result: str, sizes: Mapping[str, int]
+) -> list[tuple[NodeProto, str]]:
+    """The bias behind an Einsum, over all the axes that it makes."""
+    made = "".join(letter for letter in result if letter in sizes and not any(letter in term for term in others))
+    added = _added(scope, node)
+    if added is None or not made or not result.endswith(made):
+        return []
+    adds, value, bias = added
+    if bias.shape != tuple(sizes[letter] for letter in made) or _belongs_elsewhere(candidate.expressions["W"], bias):
+        return []
+    candidate.expressions["B"] = bias
+    candidate.config["bias_axes"] = made
+    candidate.nodes += adds
+    return [(adds[-1], value)]
 
 
 def _same_as(candidate: _Candidate) -> Any:
@@ -460,7 +629,10 @@ def _is_weight(leaf: Leaf, node: NodeProto | None, place: int, starts: bool) -> 
 def _paths(candidates: list[_Candidate]) -> list[str]:
     """A path for each layer: after its module, its tensors or its node; layers of a stack are numbered."""
     wanted = [_wanted_path(candidate) for candidate in candidates]
-    stacks = {path for path in wanted if _is_stack([c for c, p in zip(candidates, wanted, strict=True) if p == path])}
+    members: dict[str, list[_Candidate]] = {}
+    for candidate, path in zip(candidates, wanted, strict=True):
+        members.setdefault(path, []).append(candidate)
+    stacks = {path for path, found in members.items() if _is_stack(found)}
     taken: set[str] = set()
     counts: dict[str, int] = {}
     paths = []
@@ -481,7 +653,7 @@ def _is_stack(members: list[_Candidate]) -> bool:
 def _wanted_path(candidate: _Candidate) -> str:
     node = candidate.nodes[0]
     own = common_stem(candidate.values) or common_stem(
-        leaf.name for e in candidate.expressions.values() for leaf in leaves(e)
+        leaf.tensor.name for e in candidate.expressions.values() for leaf in leaves(e)
     )
     module = module_of(node)
     path = own or module
@@ -490,7 +662,8 @@ def _wanted_path(candidate: _Candidate) -> str:
         path = module
     if not path:
         path = node.name or next((name for name in node.outputs if name), candidate.cls or "layer")
-    return f"{path}_folded" if candidate.folded else path
+    # Folded weights must not pass for those of the layer that had the name.
+    return f"{path}_{candidate.folded}" if candidate.folded else path
 
 
 def _tensor_name(expression: Expression, path: str, local: str, seen: set[str]) -> str:
@@ -507,5 +680,3 @@ def _unique(name: str, seen: set[str]) -> str:
         unique = f"{name}_{count}"
     seen.add(unique)
     return unique
-
-

@@ -69,13 +69,14 @@ def namespace(node: NodeProto) -> list[tuple[str, str]]:
     return [(name, kind) for name, _, kind in pairs]
 
 
-def folded(node: NodeProto) -> bool:
-    """True if an exporter says that it has computed a batch normalization into the weights of this node."""
+def folded(node: NodeProto) -> str:
+    """`folded` if an exporter says that it has computed a batch normalization into the weights of this node, `computed` if
+    it has made them of others and does not say of which; nothing, if they are as the model had them."""
     if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
-        return False
-    if "BatchNorm" in node.metadata.get(_RULE, ""):
-        return True
-    if any("BatchNorm" in kind for _, kind in namespace(node)[-2:-1]):
-        return True
+        return ""
+    inside = any("BatchNorm" in kind for _, kind in namespace(node)[-2:-1])
+    if inside or "BatchNorm" in node.metadata.get(_RULE, ""):
+        return "folded"
     # The older exporter of torch keeps the names of parameters, and numbers what it has computed.
-    return node.op_type.startswith("Conv") and any(name.startswith("onnx::Conv") for name in node.inputs[1:2])
+    computed = node.op_type.startswith("Conv") and any(name.startswith("onnx::Conv") for name in node.inputs[1:2])
+    return "computed" if computed else ""

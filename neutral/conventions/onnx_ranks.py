@@ -7,10 +7,56 @@ from neutral.conventions.onnx_scope import Scope
 
 _MOST_STEPS = 64
 _LIKE_FIRST = frozenset(
-    """Abs AveragePool BatchNormalization Cast Ceil Celu Clip Cos Dropout Elu Erf Exp Floor Gelu GlobalAveragePool
-    GlobalMaxPool GroupNormalization HardSigmoid HardSwish Identity InstanceNormalization LRN LayerNormalization LeakyRelu Log
-    LogSoftmax MaxPool Mish Neg PRelu Pad RMSNormalization Relu Resize Round Selu Shrink Sigmoid Sin Softmax Softplus Softsign
-    Sqrt Swish Tanh ThresholdedRelu Transpose Upsample""".split()
+    [
+        "Abs",
+        "AveragePool",
+        "BatchNormalization",
+        "Cast",
+        "Ceil",
+        "Celu",
+        "Clip",
+        "Cos",
+        "Dropout",
+        "Elu",
+        "Erf",
+        "Exp",
+        "Floor",
+        "Gelu",
+        "GlobalAveragePool",
+        "GlobalMaxPool",
+        "GroupNormalization",
+        "HardSigmoid",
+        "HardSwish",
+        "Identity",
+        "InstanceNormalization",
+        "LRN",
+        "LayerNormalization",
+        "LeakyRelu",
+        "Log",
+        "LogSoftmax",
+        "MaxPool",
+        "Mish",
+        "Neg",
+        "PRelu",
+        "Pad",
+        "RMSNormalization",
+        "Relu",
+        "Resize",
+        "Round",
+        "Selu",
+        "Shrink",
+        "Sigmoid",
+        "Sin",
+        "Softmax",
+        "Softplus",
+        "Softsign",
+        "Sqrt",
+        "Swish",
+        "Tanh",
+        "ThresholdedRelu",
+        "Transpose",
+        "Upsample",
+    ]
 )
 _LIKE_WEIGHT = ("Conv", "ConvTranspose")
 _LARGEST_OF = ("Add", "Sub", "Mul", "Div", "Max", "Min", "Mean", "Sum", "Where", "Pow")

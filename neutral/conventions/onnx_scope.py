@@ -33,8 +33,14 @@ class Scope:
     users: dict[str, list[NodeProto]] = field(default_factory=dict)
     _constants: dict[str, Expression | None] = field(default_factory=dict)
     _numbers: dict[str, Numbers | None] = field(default_factory=dict)
+    _shapes: dict[str, tuple[int | str | None, ...]] = field(default_factory=dict)
+    _given_out: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        self._given_out = {info.name for info in self.graph.outputs}
+        for info in (*self.graph.outputs, *self.graph.inputs, *self.graph.value_infos.values()):
+            if info.shape is not None:
+                self._shapes[info.name] = info.shape
         for node in self.graph.nodes:
             for value in node.outputs:
                 if value:
@@ -118,7 +124,7 @@ class Scope:
         return None
 
     def _sliced(self, node: NodeProto, base: Expression) -> Expression | None:
-        if len(node.inputs) < 2:
+        if len(node.inputs) < 3:
             starts, stops, axes = (_ints(node, name) for name in ("starts", "ends", "axes"))
             steps: Numbers | None = None
         else:
@@ -172,7 +178,7 @@ class Scope:
         if node.op_type == "Constant":
             single = node.attributes.get("value_int")
             return (single,) if type(single) is int else _ints(node, "value_ints")
-        if node.op_type == "Shape":
+        if node.op_type == "Shape" and node.inputs:
             shape = self.shape_of(node.inputs[0])
             end = node.attributes.get("end")
             return None if shape is None else shape[_int(node, "start", 0) : end if type(end) is int else None]
@@ -189,9 +195,14 @@ class Scope:
                 return (None,) if first is None else first
             case "Expand":
                 return first if first is not None and len(parts) == 2 and parts[1] == (len(first),) else None
+            case "Gather" if first is None and len(parts) == 2 and parts[1] is not None:
+                # Looked up in something that is not known: numbers, all the same.
+                return (None,) * len(parts[1])
             case "Gather" if first is not None and len(parts) == 2 and parts[1] is not None:
                 places = [n for n in parts[1] if n is not None and -len(first) <= n < len(first)]
                 return tuple(first[n] for n in places) if len(places) == len(parts[1]) else None
+            case "Slice" if None not in parts[1:3]:
+                return _cut_numbers(first, parts)
             case "Add" | "Sub" | "Mul" | "Div" if len(parts) == 2:
                 return _computed(node.op_type, first, parts[1])
             case "Range" if all(part is not None and len(part) == 1 for part in parts) and len(parts) == 3:
@@ -203,9 +214,9 @@ class Scope:
         stored = self.constant(value)
         if stored is not None:
             return stored.shape
-        for info in (self.graph.value_infos.get(value), *self.graph.inputs, *self.graph.outputs):
-            if info is not None and info.name == value and info.shape is not None:
-                return tuple(n if type(n) is int else None for n in info.shape)
+        told = self._shapes.get(value)
+        if told is not None:
+            return tuple(n if type(n) is int else None for n in told)
         if self.parent is not None and value not in self.makers:
             return self.parent.shape_of(value)
         return None
@@ -226,6 +237,13 @@ class Scope:
             return held is None or (data is not None and data.size == 1 and not data.read().any())
         return node.op_type in _SPREADING and self.zero(node.inputs[0], depth + 1)
 
+    def ones(self, value: str) -> bool:
+        """True for a value that the graph itself makes of nothing but ones."""
+        node = self.makers.get(value)
+        held = node.attributes.get("value") if node is not None and node.op_type == "ConstantOfShape" else None
+        data = held.data if isinstance(held, TensorProto) else None
+        return data is not None and data.size == 1 and bool((data.read() == 1).all())
+
     def floats(self, value: str) -> Expression | None:
         """A constant of numbers with a fraction, as weights are."""
         found = self.constant(value)
@@ -234,7 +252,7 @@ class Scope:
     def only_user(self, value: str) -> NodeProto | None:
         """The one node that uses a value, if there is just one and the graph does not give the value away."""
         users = self.users.get(value, [])
-        if len(users) != 1 or any(info.name == value for info in self.graph.outputs):
+        if len(users) != 1 or value in self._given_out:
             return None
         return users[0] if users[0].inputs.count(value) == 1 else None
 
@@ -251,6 +269,21 @@ def _numbers_of(expression: Expression) -> Numbers | None:
     if tensor.dtype.kind not in "iu":
         return None
     return tuple(int(n) for n in tensor.read().reshape(-1))
+
+
+def _cut_numbers(numbers: Numbers | None, parts: list[Numbers | None]) -> Numbers | None:
+    """A Slice of a list: one start and one end, steps of one."""
+    if len(parts) < 3:
+        return None
+    start, stop = parts[1], parts[2]
+    rest = [part for part in parts[3:] if part not in ((0,), (-1,))] if len(parts) > 3 else []
+    if start is None or stop is None or len(start) != 1 or len(stop) != 1 or any(part != (1,) for part in rest):
+        return None
+    if start[0] is None or stop[0] is None:
+        return None
+    if numbers is None:
+        return (None,) if start[0] >= 0 and stop[0] == start[0] + 1 else None
+    return numbers[start[0] : stop[0]]
 
 
 def _computed(op: str, one: Numbers | None, other: Numbers | None) -> Numbers | None:
@@ -312,5 +345,3 @@ def subgraphs(node: NodeProto) -> Iterator[GraphProto]:
         for each in value if isinstance(value, tuple) else (value,):
             if isinstance(each, GraphProto):
                 yield each
-
-

@@ -20,9 +20,14 @@ def model_of(case: Case, framework: str) -> Model | str:
         return case.models[framework]
     if framework not in COLUMNS:
         return case.absent[framework]
+    module = importlib.import_module(f"tests.columns.{framework}")
     if case.parts:
         models = [model_of(part, framework) for part in case.parts]
         missing = [model for model in models if isinstance(model, str)]
-        return missing[0] if missing else side_by_side(list(case.parts), [m for m in models if isinstance(m, Model)])
-    found: Model | str = importlib.import_module(f"tests.columns.{framework}").column(case)
+        put_together = getattr(module, "side_by_side", side_by_side)
+        if missing:
+            return missing[0]
+        together: Model = put_together(list(case.parts), models)
+        return together
+    found: Model | str = module.column(case)
     return found

@@ -56,9 +56,8 @@ def translated(case: Case, rows: Sequence[Layer], steps: Mapping[str, Step]) -> 
                 raise Absent(f"no {row.cls}")
             found.append(row)
             continue
-        first, *more = step(case, row) or [None]
-        if first is not None:
-            found += [replace(first, of=row.of), *more]
+        made = step(case, row)
+        found += [replace(one, of=row.of) for one in made[:1]] + list(made[1:])
     return found
 
 

@@ -75,8 +75,8 @@ def conv_transpose(case: Case, row: Layer) -> Sequence[Layer]:
     args, rank = row.args, int(row.cls[-2])
     if args.get("groups", 1) != 1:
         raise Absent("transposed convolutions have no groups")
-    sizes = {"kernel_size": None, "stride": 1, "padding": 0, "output_padding": 0}
-    shape: dict[str, Any] = {name: number(many(args.get(name, value), rank)) for name, value in sizes.items()}
+    settings = {"kernel_size": args["kernel_size"], "stride": 1, "padding": 0, "output_padding": 0}
+    shape: dict[str, Any] = {name: number(many(args.get(name, value), rank)) for name, value in settings.items()}
     channels = {name: args[name] for name in ("in_channels", "out_channels")}
     return [Layer(row.name, row.cls, {**channels, **shape, "bias": args.get("bias", True)})]
 

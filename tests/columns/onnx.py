@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tests.zoo import Case, Layer, Model
+from tests.zoo import Case, Layer, Model, lettered
 
 FORMATS = ("onnx", "onnx_external", "onnx_torch", "onnx_torch_legacy")
 Arguments = dict[str, Any]
@@ -135,8 +135,8 @@ def batch_norm(nodes: Nodes, name: str, path: str, args: Arguments, of: list[str
 
 def norm(op: str, **also: Callable[[Arguments], Any]) -> Translate:
     def translate(nodes: Nodes, name: str, path: str, args: Arguments, of: list[str]) -> str:
-        shape = args.get("normalized_shape", args.get("num_features", args.get("num_channels")))
-        shape = several(shape, 1)
+        size = next(args[key] for key in ("normalized_shape", "num_features", "num_channels") if key in args)
+        shape = several(size, 1)
         tensors: dict[str, Tensor] = {f"{path}.weight": ("normal", shape)}
         if op != "RMSNormalization" and args.get("bias", True):
             tensors[f"{path}.bias"] = ("normal", shape)
@@ -186,7 +186,7 @@ def recurrent(op: str) -> Translate:
 
 def weights_of(op: str, node: str, directions: int, size: int, into: int, bias: bool) -> dict[str, Tensor]:
     rows = GATES[op] * size
-    shapes = {"W": (directions, rows, into), "R": (directions, rows, size)}
+    shapes: dict[str, tuple[int, ...]] = {"W": (directions, rows, into), "R": (directions, rows, size)}
     if bias:
         shapes["B"] = (directions, 2 * rows)
     return {f"{node}.{name}": ("normal", shape) for name, shape in shapes.items()}
@@ -388,3 +388,17 @@ def column(case: Case) -> Model | str:
     value = translate(nodes, rows, "", "x0")
     assert value == nodes.rows[-1].name
     return Model("graph", tuple(nodes.rows), tuple(one.axes for one in case.inputs), case.output)
+
+
+def side_by_side(parts: list[Case], models: list[Model]) -> Model:
+    """The nodes of several models; nodes, values and initializers are told apart by a letter, inputs are counted on."""
+    rows: list[Layer] = []
+    first = 0
+    for (letter, part), model in zip(lettered(parts), models, strict=True):
+        inputs = {f"x{i}": f"x{first + i}" for i in range(len(part.inputs))}
+        for row in model.layers:
+            of = tuple(inputs.get(name, f"{letter}_{name}") for name in row.of)
+            tensors = {f"{letter}_{name}": tensor for name, tensor in row.args["tensors"].items()}
+            rows.append(replace(row, name=f"{letter}_{row.name}", args=row.args | {"tensors": tensors}, of=of))
+        first += len(part.inputs)
+    return Model("graph", tuple(rows), tuple(axes for model in models for axes in model.inputs), models[-1].output)

@@ -25,10 +25,11 @@ from typing import Any, Self
 
 SECONDS = 10
 MEGABYTES = 512
+_WINGS = ("equinox", "flax", "keras", "mlx", "numpy", "onnx", "paddle", "safetensors", "tensorflow", "tfjs", "torch")
 _IMPORTED = (
     "neutral.cli",
-    *(f"neutral.exporters.{name}" for name in ("flax", "keras", "mlx", "numpy", "paddle", "safetensors", "tensorflow", "torch")),
-    *(f"neutral.importers.{name}" for name in ("flax", "keras", "mlx", "numpy", "paddle", "safetensors", "tensorflow", "torch")),
+    *(f"neutral.exporters.{name}" for name in _WINGS),
+    *(f"neutral.importers.{name}" for name in _WINGS),
 )
 
 

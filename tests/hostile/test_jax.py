@@ -1,4 +1,4 @@
-"""Hostile msgpack files of Flax and folders of Orbax."""
+"""Hostile msgpack files of Flax, folders of Orbax and files of Equinox."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from neutral.containers.pytree import write_msgpack, write_orbax
 from neutral.native import from_array
 from tests.containers.test_msgpack import BROKEN
 from tests.containers.test_msgpack import _array as ext_array
+from tests.containers.test_npz import _npy as npy
 from tests.containers.test_ocdbt import FORGED
 from tests.hostile.commands import Commands, refused
 from tests.hostile.sources import Row, every_command
@@ -246,6 +247,35 @@ ORBAX = (
 @pytest.mark.parametrize("row", ORBAX, ids=str)
 def test_refused_orbax(row: Row, run: Commands, good: Path, tmp_path: Path) -> None:
     every_command(row, run, good, tmp_path, "")
+
+
+def eqx(*records: bytes) -> Callable[[Path, Path], Path]:
+    def make(good: Path, folder: Path) -> Path:
+        (folder / "x.eqx").write_bytes(b"".join(records))
+        return folder / "x.eqx"
+
+    return make
+
+
+EQUINOX = (
+    Row("truncated", eqx(npy(), npy()[:-1]), "bytes"),
+    Row("truncated header", eqx(npy(), npy()[:30]), "bytes"),
+    Row("bytes behind", eqx(npy(), b"x")),
+    Row("objects", eqx(npy("'|O'")), "pickle"),
+    Row("pickle", eqx(npy(), b"\x80\x04]\x94.      ")),
+    Row("header that calls", eqx(npy("__import__('os').system('touch MARK')")), "header"),
+    Row("shape of 2^40", eqx(npy(shape=f"({1 << 40},)")), "bytes"),
+    Row("negative shape", eqx(npy(shape="(-2,)"))),
+    Row("deep header", eqx(npy(extra=", 'x': " + "(" * 4000))),
+    Row("structured", eqx(npy("[('a', '<f4')]")), "structured"),
+    Row("an 8-bit float of no name", eqx(npy("'|V1'", data=bytes(2))), "dtype"),
+    Row("100,000 leaves", eqx(*[npy(shape="()", data=bytes(4))] * 100_000), "leaves", slow=True),
+)
+
+
+@pytest.mark.parametrize("row", EQUINOX, ids=str)
+def test_refused_equinox(row: Row, run: Commands, good: Path, tmp_path: Path) -> None:
+    every_command(row, run, good, tmp_path, ".eqx")
 
 
 def test_the_spoiled_ones_were_good(run: Commands, tmp_path: Path) -> None:

@@ -53,22 +53,23 @@ class Net(nn.Module):
         return apply(self.rows, inputs, step)
 
 
-def layer(row: Layer, dtype: str, **more: Any) -> nn.Module:
-    """Call inside a module. A layer inside another belongs to it, unless it has the same name: then to the module."""
+def layer(row: Layer, dtype: str, outer: Layer | None = None) -> nn.Module:
+    """Call inside a module, to which a layer belongs under its name. A layer inside another belongs to that one.
+
+    Unless both have one name: then the inner layer is the module's, and the outer one is named by Flax.
+    """
     if row.cls == "Container":
         return Net(row.inside, dtype, name=row.name)
-    if "parent" not in more and row.cls != "WeightNorm":
+    more: dict[str, Any] = {}
+    if outer is not None and outer.name != row.name:
+        more["parent"] = None
+    elif all(one.name != row.name for one in row.inside):
         more["name"] = row.name
-    args = {name: RENAMED[name][value] if name in RENAMED else value for name, value in row.args.items()}
-    inside = []
-    for one in row.inside:
-        if one.name == row.name and "name" in more:
-            del more["name"]
-        shared = one.name == row.name
-        inside.append(layer(one, dtype) if shared else layer(one, dtype, parent=None))
     cls = getattr(nn, row.cls)
     if "param_dtype" in cls.__dataclass_fields__:
         more["param_dtype"] = dtype
+    args = {name: RENAMED[name][value] if name in RENAMED else value for name, value in row.args.items()}
+    inside = [layer(one, dtype, row) for one in row.inside]
     built: nn.Module = cls(*inside, **args, **INFERENCE.get(row.cls, {}), **more)
     return built
 
@@ -120,10 +121,8 @@ class StateWithStatistics(TrainState):
 
 def train_state(made: Made) -> TrainState:
     """As after some steps of Adam."""
-    cls, more = (TrainState, {}) if "batch_stats" not in made.variables else (StateWithStatistics, {})
-    if cls is StateWithStatistics:
-        more = {"batch_stats": made.variables["batch_stats"]}
-    state = cls.create(apply_fn=made.call, params=made.variables["params"], tx=optax.adam(1e-3), **more)
+    cls = StateWithStatistics if "batch_stats" in made.variables else TrainState
+    state = cls.create(apply_fn=made.call, tx=optax.adam(1e-3), **made.variables)
     rng = np.random.default_rng(7)
     moments = jax.tree.map(lambda one: jnp.asarray(rng.uniform(0.1, 1, one.shape), one.dtype), state.opt_state)
     return state.replace(step=7, opt_state=moments)

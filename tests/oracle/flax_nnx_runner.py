@@ -50,15 +50,16 @@ class Net(nnx.Module):
 
 
 def layer(row: Layer, dtype: str, rngs: nnx.Rngs) -> Any:
-    inside = [layer(one, dtype, rngs) for one in row.inside] if row.cls != "Container" else []
-    if row.cls == "Container":
-        if all(one.name.isdecimal() for one in row.inside):
-            return nnx.List([layer(one, dtype, rngs) for one in row.inside])
+    """Layers that are numbered are a list."""
+    if row.cls == "Container" and not all(one.name.isdecimal() for one in row.inside):
         return Net(row.inside, dtype, rngs)
+    inside = [layer(one, dtype, rngs) for one in row.inside]
+    if row.cls == "Container":
+        return nnx.List(inside)
     cls = getattr(nnx, row.cls)
     args = {name: RENAMED[name][value] if name in RENAMED else value for name, value in row.args.items()}
     known = inspect.signature(cls.__init__).parameters
-    more = {"rngs": rngs} if "rngs" in known else {}
+    more: dict[str, Any] = {"rngs": rngs} if "rngs" in known else {}
     if "param_dtype" in known:
         more["param_dtype"] = jnp.dtype(dtype)
     if row.cls in CELLS:

@@ -73,9 +73,14 @@ def make(case: Case, seed: int, dtype: str, given: dict[str, np.ndarray] | None 
     nodes = [
         helper.make_node(row.cls, row.of, [row.name], name=row.name, **row.args["attributes"]) for row in model.layers
     ]
-    output = helper.make_tensor_value_info(model.layers[-1].name, element, [None] * len(case.output))
+    read = {name for row in model.layers for name in row.of}
+    ends = [row.name for row in reversed(model.layers) if row.name not in read]
+    ranks = [len(part.output) for part in reversed(case.parts or (case,))]
+    outputs = [
+        helper.make_tensor_value_info(name, element, [None] * rank) for name, rank in zip(ends, ranks, strict=True)
+    ]
     initializers = [numpy_helper.from_array(array, name) for name, array in tensors.items()]
-    graph = helper.make_graph(nodes, case.name, inputs, [output], initializers)
+    graph = helper.make_graph(nodes, case.name, inputs, outputs, initializers)
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=11)
     onnx.checker.check_model(made, full_check=True)
     return made

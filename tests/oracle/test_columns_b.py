@@ -11,16 +11,24 @@ import numpy as np
 import pytest
 
 from tests.columns import model_of
+from tests.columns.numpy import BLIND as NUMPY_BLIND
 from tests.columns.onnx import BLIND as ONNX_BLIND
 from tests.columns.onnx import FORMATS as ONNX_FORMATS
 from tests.columns.paddle import BLIND as PADDLE_BLIND
 from tests.columns.tfjs import FORMATS as TFJS_FORMATS
 from tests.oracle import tfjs_runner
+from tests.oracle.by_hand_b import (
+    attention_from_keras,
+    gru_from_keras,
+    rows_of,
+    slopes_from_keras,
+    torch_to_numpy,
+    torch_to_onnx,
+    torch_to_paddle,
+)
 from tests.oracle.process import Built, OracleError, Worker, difference
-from tests.oracle.test_oracle import effective
-from tests.zoo import Case, Layer, Model, cases
+from tests.zoo import Case, Model, cases
 
-Arrays = dict[str, np.ndarray]
 CLOSE = 1e-5
 TORCH = [name for name, case in cases().items() if "torch" in case.models]
 
@@ -79,62 +87,6 @@ def torch_source(worker: Worker, name: str, equal: bool) -> Built:
     return worker.build(name, seed=1, equal=equal, formats=[], weights=given)
 
 
-def rows_of(layers: tuple[Layer, ...], prefix: str = "") -> Iterator[tuple[str, Layer]]:
-    for row in layers:
-        if row.cls == "Sequential":
-            yield from rows_of(row.inside, f"{prefix}{row.name}.")
-        else:
-            yield f"{prefix}{row.name}", row
-
-
-PADDLE_NAMES = {
-    "_mean": "running_mean",
-    "_variance": "running_var",
-    "_weight": "weight",
-    "scale": "weight",
-    "weight_ho": "weight_hr_l0",
-}
-TORCH_NORMS = {
-    "weight_norm": {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"},
-    "spectral_norm": {
-        "weight_orig": "parametrizations.weight.original",
-        "weight_u": "parametrizations.weight.0._u",
-        "weight_v": "parametrizations.weight.0._v",
-    },
-}
-
-
-def torch_to_paddle(ours: Arrays, path: str, row: Layer, local: str, like: np.ndarray) -> np.ndarray:
-    """The value of one tensor of a Paddle layer: Linear is (in, out), all else as in torch."""
-    if row.cls == "MultiheadAttention":
-        return attention_to_paddle(ours, path, local)
-    if row.cls in ("RNN", "LSTM", "GRU"):
-        last = local.rsplit(".", 1)[-1]
-        if last != local and last != "weight_ho":
-            level, side = local.split(".")[:2]
-            last += f"_l{level}" + ("_reverse" if side == "cell_bw" else "")
-        value = ours[f"{path}.{PADDLE_NAMES.get(last, last)}"]
-        return value.T if last == "weight_ho" else value
-    names = TORCH_NORMS.get(row.wrap[0], {}) if row.wrap else {}
-    value = ours[f"{path}.{names.get(local, PADDLE_NAMES.get(local, local))}"]
-    if row.cls == "Linear":
-        value = value.T
-    return value.reshape(like.shape)
-
-
-def attention_to_paddle(ours: Arrays, path: str, local: str) -> np.ndarray:
-    part, what = local.split(".")
-    if part == "out_proj":
-        value = ours[f"{path}.out_proj.{what}"]
-    elif what == "bias":
-        value = np.split(ours[f"{path}.in_proj_bias"], 3)["qkv".index(part[0])]
-    elif f"{path}.in_proj_weight" in ours:
-        value = np.split(ours[f"{path}.in_proj_weight"], 3)["qkv".index(part[0])]
-    else:
-        value = ours[f"{path}.{part}_weight"]
-    return value.T if what == "weight" else value
-
-
 @pytest.mark.parametrize("equal", [False, True], ids=["distinct", "equal"])
 @pytest.mark.parametrize("name", TORCH)
 def test_paddle_computes_what_torch_computes(
@@ -165,42 +117,6 @@ def test_every_paddle_tensor_matters(name: str, paddle_worker: Worker) -> None:
 def test_onnx_reloads_its_own_file(name: str, equal: bool, onnx_worker: Worker) -> None:
     if name in cases(equal) and has(cases(equal)[name], "onnx"):
         reloads(onnx_worker, name, equal)
-
-
-# ONNX has the gates of an LSTM as i o f c, of a GRU as z r h; torch as i f g o and r z n.
-ONNX_GATES = {"RNN": (0,), "LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
-TORCH_SIDES = {"W": ("weight_ih",), "R": ("weight_hh",), "B": ("bias_ih", "bias_hh")}
-
-
-def torch_to_onnx(ours: Arrays, rows: dict[str, Layer], node: Layer, name: str, like: np.ndarray) -> np.ndarray:
-    """The value of one initializer of a node."""
-    path, local = name.rsplit(".", 1)
-    if local in TORCH_SIDES:
-        level = "0" if path in rows else path.rsplit("_", 1)[1]
-        return recurrent_to_onnx(ours, path if path in rows else "layer", f"_l{level}", node.cls, local, like)
-    if path not in rows:
-        value = attention_to_paddle(ours, *name.split(".", 1)) if path.endswith("_proj") else ours[name]
-    elif local == "weight":
-        value = effective(ours, path, rows[path])
-        if node.cls == "MatMul" or node.args["attributes"].get("transB") == 0:
-            value = value.T
-        if node.cls == "Einsum" and "cd" in node.args["attributes"]["equation"]:
-            value = value.T
-    else:
-        value = ours[name]
-    return value.reshape(like.shape)
-
-
-def recurrent_to_onnx(ours: Arrays, path: str, suffix: str, op: str, local: str, like: np.ndarray) -> np.ndarray:
-    directions = []
-    for reverse in ("", "_reverse")[: len(like)]:
-        parts = []
-        for side in TORCH_SIDES[local]:
-            full = f"{path}.{side}{suffix}{reverse}"
-            blocks = np.split(ours[full if full in ours else f"{path}.{side}"], len(ONNX_GATES[op]))
-            parts += [blocks[gate] for gate in ONNX_GATES[op]]
-        directions.append(np.concatenate(parts))
-    return np.stack(directions)
 
 
 @pytest.mark.parametrize("equal", [False, True], ids=["distinct", "equal"])
@@ -349,3 +265,81 @@ def test_tfjs_writes_shards(tfjs_worker: Worker) -> None:
 def test_tfjs_without_node_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert tfjs_runner.prepare() == "TensorFlow.js needs node and npm, not found on this machine"
+
+
+@pytest.fixture(scope="module")
+def numpy_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    with Worker("numpy", tmp_path_factory.mktemp("numpy")) as worker:
+        yield worker
+
+
+@pytest.mark.parametrize("equal", [False, True], ids=["distinct", "equal"])
+@pytest.mark.parametrize("name", cases())
+def test_numpy_reloads_its_own_file(name: str, equal: bool, numpy_worker: Worker) -> None:
+    if name in cases(equal):
+        assert has(cases(equal)[name], "numpy")
+        reloads(numpy_worker, name, equal)
+
+
+@pytest.mark.parametrize("equal", [False, True], ids=["distinct", "equal"])
+@pytest.mark.parametrize("name", TORCH)
+def test_numpy_computes_what_torch_computes(name: str, equal: bool, torch_worker: Worker, numpy_worker: Worker) -> None:
+    if name not in cases(equal):
+        return
+    source = torch_source(torch_worker, name, equal)
+    template = numpy_worker.build(name, seed=2, equal=equal, formats=[])
+    rows = dict(rows_of(cases(equal)[name].models["torch"].layers))
+    copied = {tensor: torch_to_numpy(source.weights, rows, tensor, like) for tensor, like in template.weights.items()}
+    assert difference(template.output, source.output) > 1e-3, "a template must not be right already"
+    built = numpy_worker.build(name, seed=1, equal=equal, formats=[], weights=copied)
+    assert difference(built.output, source.output) < CLOSE
+
+
+@pytest.mark.parametrize("name", cases())
+def test_every_numpy_tensor_matters(name: str, numpy_worker: Worker) -> None:
+    assert numpy_worker.unseen(name, seed=1) == list(NUMPY_BLIND.get(name, ()))
+
+
+IN_KERAS_ALONE = {
+    "gru_reset_before": gru_from_keras,
+    "attention_value_dim": attention_from_keras,
+    "prelu_unshared": slopes_from_keras,
+}
+
+
+@pytest.mark.parametrize("equal", [False, True], ids=["distinct", "equal"])
+@pytest.mark.parametrize("name", IN_KERAS_ALONE)
+def test_onnx_and_numpy_compute_what_only_keras_computes(
+    name: str, equal: bool, keras_worker: Worker, onnx_worker: Worker, numpy_worker: Worker
+) -> None:
+    source = keras_worker.build(name, seed=1, equal=equal, formats=[])
+    for worker, weights in zip((onnx_worker, numpy_worker), IN_KERAS_ALONE[name](source.weights), strict=True):
+        built = worker.build(name, seed=1, equal=equal, formats=[], weights=weights)
+        assert difference(built.output, source.output) < CLOSE
+
+
+def test_double_precision(paddle_worker: Worker, numpy_worker: Worker) -> None:
+    for worker in (paddle_worker, numpy_worker):
+        built = worker.build("lstm", seed=1, dtype="float64")
+        (file,) = built.files.values()
+        assert built.output.dtype == np.float64, worker.framework
+        assert difference(worker.forward("lstm", file, built.inputs, dtype="float64"), built.output) < 1e-12
+
+
+def test_a_case_that_a_framework_lacks_is_refused_with_the_reason(paddle_worker: Worker) -> None:
+    with pytest.raises(OracleError, match="no RMSNorm layer"):
+        paddle_worker.build("rms_norm", seed=1)
+
+
+TOGETHER = ("dense+lstm", "shared_layer+conv2d_flatten_dense", "text_classifier+attention", "nested+mlp+embedding")
+
+
+@pytest.mark.parametrize("framework", ["paddle", "onnx", "tfjs", "numpy"])
+@pytest.mark.parametrize("name", TOGETHER)
+def test_cases_put_together(name: str, framework: str, request: pytest.FixtureRequest) -> None:
+    worker = request.getfixturevalue(f"{framework}_worker")
+    if has(cases()[name], framework):
+        reloads(worker, name, equal=False)
+        parts = [part.name for part in cases()[name].parts]
+        alone = [len(worker.build(part, seed=1, formats=[]).weights) for part in parts]
+        assert len(worker.build(name, seed=1, formats=[]).weights) == sum(alone)

@@ -23,7 +23,11 @@ REFUSED = (
     ("layer_norm_image", "*", "the scale of several axes is stored as one"),
     ("*weight_norm_*", "True", "sizes are equal, and only a live layer says along which axis the magnitude is"),
     ("conv2d_channels_first*", "paddle -> keras", "the Flatten is in no framework's own order"),
-    ("batch_norm2d_*_only", "torch -> paddle", "torch has scale and offset or neither, and this paddle layer one of them"),
+    (
+        "batch_norm2d_*_only",
+        "torch -> paddle",
+        "torch has scale and offset or neither, and this paddle layer one of them",
+    ),
     ("*spectral_norm_*", "keras -> paddle", "a plain kernel has no vectors for its norm"),
     ("branches_flattened_concat", "*", "two flattened maps side by side"),
 )

@@ -133,8 +133,11 @@ const commands = {
 
   predict({inputs, file}) {
     const given = inputs.map((one) => tf.tensor(read(one.file, one.dtype), one.shape, one.dtype));
-    // Cases side by side have batches of their own sizes, which predict would refuse.
-    const outputs = model.apply(given.length > 1 ? given : given[0]);
+    // Cases side by side have batches of their own sizes, which predict would refuse; apply in turn gives one layer's
+    // initial state to the next recurrent one.
+    const alike = given.every((one) => one.shape[0] === given[0].shape[0]);
+    const all = given.length > 1 ? given : given[0];
+    const outputs = alike ? model.predict(all) : model.apply(all);
     const output = Array.isArray(outputs) ? outputs[outputs.length - 1] : outputs;
     write(file, output.dataSync());
     return {shape: output.shape};
