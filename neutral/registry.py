@@ -204,7 +204,7 @@ BUILT_IN: tuple[Framework, ...] = (
         packages=("mlx",),
         extra="mlx",
         signature=signatures.mlx,
-        live=instance_of(("mlx", "Module")),
+        live=signatures.live_mlx,
         chain=any_chain,
     ),
 )

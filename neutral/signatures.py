@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 from neutral.containers.eqx import is_eqx
 from neutral.containers.files import SourceFile
@@ -345,12 +345,20 @@ def is_state_dict(model: Mapping[Any, Any]) -> bool:
 
 def live_torch(model: object) -> bool:
     """A torch.nn.Module, or a dict of arrays with a module's names."""
-    return is_state_dict(model) if isinstance(model, Mapping) else instance_of(("torch", "Module"))(model)
+    return is_state_dict(model) if _is_plain(model) else instance_of(("torch", "Module"))(model)
 
 
 def live_arrays(model: object) -> bool:
     """A dict of arrays that no framework's names are in."""
-    return isinstance(model, Mapping)
+    return _is_plain(model)
+
+
+live_mlx = instance_of(("mlx", "Module"))
+
+
+def _is_plain(model: object) -> TypeGuard[Mapping[Any, Any]]:
+    """A mapping that is no module: those of MLX are dicts of what is in them."""
+    return isinstance(model, Mapping) and not live_mlx(model)
 
 
 def live_flax(model: object) -> bool:
