@@ -286,6 +286,26 @@ def test_a_flatten_of_a_turned_image(last: bool, turned: bool, tmp_path: Path) -
     np.testing.assert_array_equal(dense.tensors["kernel"].data.read(), expected)
 
 
+def test_a_turned_image_is_told_where_the_template_has_no_graph(tmp_path: Path) -> None:
+    """A torch model that permutes before its Flatten is exported so, and wants the weights back as they were."""
+    nodes = [
+        node("Conv", "x c", "i"),
+        node("Transpose", "i", "t", perm=[0, 2, 3, 1]),
+        node("Flatten", "t", "f"),
+        node("Gemm", "f fc.weight", "y", transB=1),
+    ]
+    weights = {"c": normal(2, 2, 1, 1), "fc.weight": normal(3, 8)}
+    source = model_of(tmp_path / "x.onnx", nodes, weights, {"x": ["n", 2, 2, 2]})
+    template = {"c.weight": torch.zeros(2, 2, 1, 1), "fc.weight": torch.zeros(3, 8)}
+    torch.save(template, tmp_path / "t.pt")
+    for middle in (source, tmp_path / "x.nwt"):
+        if middle != source:
+            neutral.export_model(source, middle).close()
+        report = neutral.convert(middle, tmp_path / "out.pt", into=tmp_path / "t.pt", force=True)
+        assert [text.split(":")[0] for text in report.warnings] == ["fc"]
+        assert "permutation" in report.warnings[0]
+
+
 def test_a_dense_layer_in_front_of_an_image(tmp_path: Path) -> None:
     weights = {"w": normal(3, 36), "b": normal(36), "shape": np.array([0, 4, 3, 3]), "k": normal(2, 4, 2, 2)}
     nodes = [
