@@ -5,99 +5,142 @@ A number is None where it depends on a size that is not known.
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from neutral.containers.onnx import NodeProto
+from neutral.containers.onnx_constants import forward
 from neutral.conventions.onnx_scope import Numbers, Scope
 
 ShapeOf = Callable[[str], Numbers | None]
+Some = npt.NDArray[np.object_]
+"""Numbers and None, in their shape."""
+
 _MOST_STEPS = 64
 _LONGEST = 64
-
 _ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
     "Add": operator.add,
     "Sub": operator.sub,
     "Mul": operator.mul,
-    "Div": lambda a, b: int(math.copysign(abs(a) // abs(b), a * b)) if a else 0,
+    "Div": lambda a, b: abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1),
+    "Mod": operator.mod,
+    "Max": max,
+    "Min": min,
 }
-_KEPT = ("Cast", "CastLike", "Identity", "Reshape", "Squeeze", "Unsqueeze")
-"""Operators that change how numbers lie, but not which they are and in which order."""
 
 
-def numbers_of(scope: Scope, shape_of: ShapeOf, value: str, depth: int = 0) -> Numbers | None:
+def numbers_of(scope: Scope, shape_of: ShapeOf, value: str) -> Numbers | None:
     """The numbers of a value in their order, or None if they are not a short list that can be told."""
-    if not value or depth > _MOST_STEPS:
+    found = _Computing(scope, shape_of).value(value)
+    return None if found is None else tuple(None if n is None else int(n) for n in found.reshape(-1))
+
+
+class _Computing:
+    """Node by node, from the constants and shapes on."""
+
+    def __init__(self, scope: Scope, shape_of: ShapeOf) -> None:
+        self.scope, self.shape_of = scope, shape_of
+
+    def value(self, name: str, depth: int = 0) -> Some | None:
+        if not name or depth > _MOST_STEPS:
+            return None
+        stored = self.scope.constant(name)
+        if stored is not None:
+            tensor = forward(stored)
+            return tensor.read().astype(object) if tensor.size <= _LONGEST and tensor.dtype.kind in "iu" else None
+        node = self.scope.makers.get(name)
+        if node is None or node.domain or len(node.inputs) > _LONGEST:
+            return None
+        if node.op_type in ("Shape", "Size"):
+            return _of_shape(node, self.shape_of(node.inputs[0]))
+        ins = [self.value(each, depth + 1) if each else None for each in node.inputs]
+        if any(found is None for found, each in zip(ins, node.inputs, strict=True) if each):
+            return None
+        try:
+            made = _made(node, ins)
+        except (ArithmeticError, IndexError, TypeError, ValueError):
+            return None
+        return made if made is not None and made.size <= _LONGEST else None
+
+
+def _of_shape(node: NodeProto, shape: Numbers | None) -> Some | None:
+    if shape is None:
         return None
-    told = scope.numbers(value)
-    if told is not None and None not in told:
-        return told
-    node = scope.makers.get(value)
-    if node is None or node.domain or len(node.inputs) > _LONGEST:
-        return told
-
-    def of(i: int) -> Numbers | None:
-        return numbers_of(scope, shape_of, node.inputs[i], depth + 1) if len(node.inputs) > i else None
-
-    match node.op_type:
-        case "Shape":
-            shape = shape_of(node.inputs[0])
-            return None if shape is None else shape[_attribute(node, "start") : _attribute(node, "end")]
-        case "Size":
-            shape = shape_of(node.inputs[0])
-            return (
-                None
-                if shape is None
-                else (math.prod(n for n in shape if n is not None) if None not in shape else None,)
-            )
-        case "Concat":
-            parts = [of(i) for i in range(len(node.inputs))]
-            if any(part is None for part in parts):
-                return None
-            joined = tuple(n for part in parts if part is not None for n in part)
-            return joined if len(joined) <= _LONGEST else None
-        case "Gather":
-            found, places = of(0), of(1)
-            if found is None or places is None or None in places:
-                return None
-            return tuple(found[i] for i in places if i is not None and -len(found) <= i < len(found))
-        case "Slice":
-            return _sliced(of(0), [of(i) for i in range(1, len(node.inputs))])
-        case "ReduceProd":
-            found = of(0)
-            return (
-                None
-                if found is None
-                else (math.prod(n for n in found if n is not None) if None not in found else None,)
-            )
-        case op if op in _ARITHMETIC:
-            return _computed(op, of(0), of(1))
-        case op if op in _KEPT:
-            return of(0)
-    return told
+    if node.op_type == "Size":
+        return _some(None if None in shape else reduce(operator.mul, (n for n in shape if n is not None), 1))
+    start, end = (_number(node, name) for name in ("start", "end"))
+    return _some(shape[start:end])
 
 
-def _attribute(node: NodeProto, name: str) -> int | None:
+def _some(values: Any) -> Some:
+    found: Some = np.asarray(values, object)
+    return found
+
+
+def _number(node: NodeProto, name: str) -> int | None:
     value = node.attributes.get(name)
     return value if type(value) is int else None
 
 
-def _sliced(found: Numbers | None, rest: list[Numbers | None]) -> Numbers | None:
-    if found is None or len(rest) < 2 or any(part is None or len(part) != 1 or part[0] is None for part in rest):
+def _known(found: Some | None) -> list[int] | None:
+    """Numbers that must all be known; None where there are none."""
+    if found is None:
         return None
-    given = [part[0] for part in rest if part is not None]
-    start, end = given[:2]
-    axis = given[2] if len(given) > 2 else 0
-    step = given[3] if len(given) > 3 else 1
-    return found[start:end] if axis in (0, -1) and step == 1 else None
+    return [operator.index(n) for n in found.reshape(-1)]
 
 
-def _computed(op: str, one: Numbers | None, other: Numbers | None) -> Numbers | None:
-    if one is None or other is None or (len(one) != len(other) and 1 not in (len(one), len(other))):
+def _made(node: NodeProto, ins: Sequence[Any]) -> Some | None:
+    match node.op_type:
+        case "Constant":
+            value = node.attributes.get("value_ints", node.attributes.get("value_int"))
+            return _some(value) if isinstance(value, int | tuple) else None
+        case "ConstantOfShape":
+            held = getattr(node.attributes.get("value"), "data", None)
+            shape = _known(ins[0]) or []
+            if any(n > _LONGEST for n in shape):
+                return None
+            return np.full(shape, 0 if held is None else int(held.read().reshape(())), object)
+        case "Cast" | "CastLike" | "Identity":
+            found: Some = ins[0]
+            return found
+        case "Concat":
+            return np.concatenate(ins, axis=_number(node, "axis") or 0)
+        case "Gather":
+            return np.take(ins[0], ins[1].astype(np.int64), axis=_number(node, "axis") or 0)
+        case "Reshape":
+            return _some(ins[0]).reshape(_known(ins[1]) or ())
+        case "Squeeze":
+            axes = _known(ins[1]) if len(ins) > 1 else node.attributes.get("axes")
+            return np.squeeze(ins[0], None if axes is None else tuple(axes))
+        case "Unsqueeze":
+            axes = _known(ins[1]) if len(ins) > 1 else node.attributes.get("axes")
+            return np.expand_dims(ins[0], tuple(axes or ()))
+        case "Transpose":
+            return np.transpose(ins[0], node.attributes.get("perm"))
+        case "Slice":
+            return _sliced(ins)
+        case "ReduceProd":
+            return _some([None if None in ins[0] else reduce(operator.mul, ins[0].reshape(-1), 1)])
+        case op if op in _ARITHMETIC:
+            compute = _ARITHMETIC[op]
+            return reduce(np.frompyfunc(lambda a, b: None if a is None or b is None else compute(a, b), 2, 1), ins)
+    return None
+
+
+def _sliced(ins: Sequence[Some | None]) -> Some | None:
+    data = ins[0]
+    starts, ends, axes, steps = [*(_known(found) for found in ins[1:]), None, None, None][:4]
+    if data is None or starts is None or ends is None:
         return None
-    count = max(len(one), len(other))
-    pairs = zip(one * (count if len(one) == 1 else 1), other * (count if len(other) == 1 else 1), strict=True)
-    return tuple(
-        None if a is None or b is None or (op == "Div" and b == 0) else _ARITHMETIC[op](a, b) for a, b in pairs
-    )
+    ranges = [slice(None)] * data.ndim
+    for i, axis in enumerate(axes if axes is not None else range(len(starts))):
+        step = steps[i] if steps else 1
+        # An end far in front of the first element is the way to take that one, too, when running backwards.
+        end = None if step < 0 and ends[i] < -data.shape[axis] else ends[i]
+        ranges[axis] = slice(starts[i], end, step)
+    return data[tuple(ranges)]

@@ -7,11 +7,13 @@ the value is one that the graph's node has: the sequence or the last step, of bo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from neutral.containers.onnx import NodeProto
+from neutral.containers.onnx_constants import forward
 from neutral.conventions.onnx_layers import FoundLayer
 from neutral.exporters.onnx_flow import Builder, Flow, Inexpressible, Lifted, Sizes
 from neutral.schema.graph import Attribute, Node
@@ -19,6 +21,7 @@ from neutral.schema.graph import Attribute, Node
 _TIME, _WAYS, _BATCH, _UNITS, _ONE = "t", "d", "b", "u", "1"
 _JOINED = _WAYS + _UNITS
 _MERGES = {"ReduceSum": "sum", "ReduceProd": "mul", "ReduceMean": "ave"}
+_LARGEST_STATE = 1 << 24
 _ALL_STEPS = -(1 << 31)
 
 
@@ -163,11 +166,11 @@ def _states(b: Builder, ways: int, batch_first: bool) -> list[Flow]:
     """The first states in the order of the graph: those of each direction together."""
     places = (5, 6) if b.node.op_type == "LSTM" else (5,)
     names = [b.value_of(place) for place in places]
-    if all(not name or b.scope.zero(name) for name in names):
+    if all(not name or _is_zero(b, name) for name in names):
         return []
     found: list[Sequence[Flow]] = []
     for name in names:
-        if not name or b.scope.zero(name):
+        if not name or _is_zero(b, name):
             raise Inexpressible("one of two first states")
         lifted = b.flows.get(name)
         if isinstance(lifted, Lifted):
@@ -177,6 +180,14 @@ def _states(b: Builder, ways: int, batch_first: bool) -> list[Flow]:
     if any(len(parts) != ways for parts in found):
         raise Inexpressible("first states of another number of directions")
     return [parts[way] for way in range(ways) for parts in found]
+
+
+def _is_zero(b: Builder, name: str) -> bool:
+    """True for states of nothing but zeros, which the graph makes or an exporter has stored."""
+    stored = b.scope.constant(name)
+    if stored is None or math.prod(stored.shape) > _LARGEST_STATE:
+        return b.scope.zero(name)
+    return not forward(stored).read().any()
 
 
 def _unlifted(b: Builder, name: str, ways: int, batch_first: bool) -> Sequence[Flow]:

@@ -109,6 +109,11 @@ def _canonical_model(contents: Contents, framework: Framework, origin: Conventio
             read = recognise(NativeLayer(layer.path, None, tensors), convention)
             if read.binding is not None or read.candidates:
                 journey.problems.append(_unknown_problem(layer, framework, origin))
+        elif layer.attributes.get("grouping") == "interleaved":
+            found = "a group norm whose groups take every n-th channel"
+            journey.problems.append(
+                Problem(layer.path, found, "channels side by side", "train it with GroupNorm(pytorch_compatible=True)")
+            )
         elif layer.undecided and origin.flatten != convention.flatten:
             journey.problems.append(undecided_problem(layer))
         layers.append(NativeLayer(layer.path, layer.kind, tensors, layer.attributes, "class"))

@@ -188,4 +188,23 @@ BUILT_IN: tuple[Framework, ...] = (
         live=instance_of(("paddle", "Layer")),
         chain=any_chain,
     ),
+    Framework(
+        name="mlx",
+        exporter="neutral.exporters.mlx",
+        importer="neutral.importers.mlx",
+        convention_at="neutral.conventions.mlx:MLX",
+        files=(
+            Format("mlx", ".safetensors (names of MLX)", (".safetensors",), shared=True),
+            Format("mlx-npz", ".npz (names of MLX)", (".npz",), shared=True),
+            Format(
+                "mlx-shards", "shards with an index", (".safetensors.index.json",), new=False, folder=True, shared=True
+            ),
+        ),
+        target="neutral.importers.mlx_classes",
+        packages=("mlx",),
+        extra="mlx",
+        signature=signatures.mlx,
+        live=instance_of(("mlx", "Module")),
+        chain=any_chain,
+    ),
 )

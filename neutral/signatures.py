@@ -1,6 +1,6 @@
 """What a file or folder is, by its content: a `Probe` looks at it once, and each framework's signature looks at the probe.
 
->>> import pathlib, tempfile
+>>> import pathlib, tempfile, zipfile
 >>> path = pathlib.Path(tempfile.mkdtemp()) / "x.npz"
 >>> with zipfile.ZipFile(path, "w") as made:
 ...     made.writestr("a.npy", b"")
@@ -24,12 +24,13 @@ from typing import Any, Self
 
 from neutral.containers.eqx import is_eqx
 from neutral.containers.files import SourceFile
+from neutral.containers.npz import is_of_mlx
 from neutral.containers.orbax import holds_checkpoint
 from neutral.containers.paddle_file import holds_tables
 from neutral.containers.protobuf import BYTES, VARINT, FileReader
 from neutral.containers.torch_program import holds_program
 from neutral.containers.zip import ZipSource
-from neutral.errors import NeutralError
+from neutral.errors import NeutralError, Problem, Refused
 from neutral.suffixes import suffix_of
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
@@ -95,6 +96,17 @@ class Probe:
         """The names in a zip; nothing for another file."""
         return tuple(ZipSource(self._file).members) if self.container == "zip" and self._file is not None else ()
 
+    @cached_property
+    def of_mlx(self) -> bool:
+        """Whether MLX wrote the arrays of a zip."""
+        arrays = bool(self.members) and all(name.endswith(".npy") for name in self.members)
+        if not arrays or self._file is None:
+            return False
+        try:
+            return is_of_mlx(ZipSource(self._file))
+        except NeutralError:
+            return False
+
     def has(self, *names: str) -> bool:
         """Whether a folder has files of all these names."""
         return self.is_folder and all((self.path / name).is_file() for name in names)
@@ -113,6 +125,25 @@ class Probe:
         except (ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def layout(self) -> str:
+        """What safetensors, alone, as shards or in a folder, say of their layout: the `format` of their metadata; else `mlx`
+        or `mlx?` for a header as MLX writes it; else nothing."""
+        from neutral.containers.safetensors import open_safetensors
+
+        shards = self.container == "json" and "weight_map" in self.json
+        if not (self.container == "safetensors" or shards or self.any("*.safetensors")):
+            return ""
+        try:
+            opened = open_safetensors(self.path)
+        except NeutralError:
+            return ""
+        try:
+            told = opened.metadata.get("format")
+            return told if told is not None else {"null": "mlx", "sorted": "mlx?"}.get(opened.style, "")
+        finally:
+            opened.close()
 
     @cached_property
     def safetensors(self) -> tuple[Mapping[str, str], tuple[str, ...]]:
@@ -193,12 +224,16 @@ def tensorflow(probe: Probe) -> str | None:
 
 
 def numpy(probe: Probe) -> str | None:
+    if probe.of_mlx:
+        return None
     return "npz" if probe.members and all(name.endswith(".npy") for name in probe.members) else None
 
 
 def safetensors(probe: Probe) -> str | None:
+    if probe.layout in ("mlx", "mlx?", "paddle"):
+        return None
     if probe.container == "safetensors":
-        return None if paddle(probe) is not None else "safetensors"
+        return "safetensors"
     if probe.any("*.safetensors.index.json") or "weight_map" in probe.json:
         return "shards"
     return "safetensors" if probe.any("*.safetensors") else None
@@ -229,7 +264,7 @@ def paddle(probe: Probe) -> str | None:
     """A pickle with paddle's own tables or pairs in it, or of its suffix; what jit.save makes, to be refused in words."""
     suffix = suffix_of(probe.path)
     if probe.container == "safetensors":
-        return "paddle-safetensors" if probe.safetensors[0].get("format") == "paddle" else None
+        return "paddle-safetensors" if probe.layout == "paddle" else None
     if suffix in (".pdparams", ".pdopt", ".pdiparams", ".pdmodel") and probe.container in ("pickle", ""):
         return "pdparams"
     return "pdparams" if probe.container == "pickle" and holds_tables(probe.path) else None
@@ -273,6 +308,22 @@ def _is_flat_tree(names: tuple[str, ...]) -> bool:
     return bool(parts) and all(
         len(keys) > 1 and keys[0] in ("params", "batch_stats") and keys[-1] in _OF_A_LAYER for keys in parts
     )
+
+
+def mlx(probe: Probe) -> str | None:
+    """Files whose metadata say so, or whose headers are as MLX alone writes them."""
+    if probe.layout == "mlx?":
+        raise Refused(
+            Problem(
+                str(probe.path),
+                "safetensors written as MLX writes them, whose metadata do not say whose layout they have",
+                "to know it, for MLX's convolutions and torch's have other axes under the same names",
+                "say it with --from mlx or --from safetensors, or save them with the metadata {'format': 'mlx'}",
+            )
+        )
+    if probe.layout == "mlx":
+        return "mlx" if probe.container == "safetensors" else "mlx-shards"
+    return "mlx-npz" if probe.of_mlx else None
 
 
 _TENSOR_OF_A_MODULE = re.compile(

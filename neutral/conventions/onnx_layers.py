@@ -23,7 +23,7 @@ from neutral.conventions.onnx_flatten import Crossings, Used, follow
 from neutral.conventions.onnx_names import anonymous, common_stem, folded, module_of
 from neutral.conventions.onnx_ranks import rank_of
 from neutral.conventions.onnx_scope import Scope, subgraphs
-from neutral.errors import Problem, Unsupported, raise_all
+from neutral.errors import BadFile, Problem, Unsupported, raise_all
 from neutral.native import Tensor
 
 _WEIGHTS: Mapping[str, Mapping[str, int]] = {
@@ -183,7 +183,7 @@ class _Finder:
         self._loose(scope, claimed)
 
     def _layer(self, scope: Scope, node: NodeProto) -> tuple[_Candidate, list[tuple[NodeProto, str]]] | None:
-        if node.domain:
+        if node.domain or not node.outputs:
             return None
         if node.op_type == "Einsum":
             return _einsum(scope, node)
@@ -197,7 +197,7 @@ class _Finder:
             if not value or (i and scope.zero(value)) or (local == "scale" and scope.ones(value)):
                 continue
             expression = scope.floats(value)
-            if expression is None or not undoable(expression):
+            if expression is None or not expression.shape or not undoable(expression):
                 return None
             found[local] = expression
             used.append((node, value))
@@ -312,8 +312,45 @@ def _data_places(node: NodeProto) -> tuple[int, ...]:
     return (place,) if len(node.inputs) > place else ()
 
 
+_INTS = ("dilations", "kernel_shape", "output_padding", "output_shape", "pads", "strides")
+_FLOATS = ("activation_alpha", "activation_beta")
+_TYPES: Mapping[str, type] = {
+    **dict.fromkeys(("alpha", "beta", "clip", "epsilon", "momentum"), float),
+    **dict.fromkeys(("auto_pad", "direction", "equation"), str),
+    **dict.fromkeys(
+        (
+            "axis",
+            "group",
+            "hidden_size",
+            "input_forget",
+            "layout",
+            "linear_before_reset",
+            "num_groups",
+            "transA",
+            "transB",
+        ),
+        int,
+    ),
+}
+"""What the attributes of operators with weights hold."""
+
+
 def _settings(node: NodeProto) -> dict[str, Any]:
-    return {name: value for name, value in node.attributes.items() if isinstance(value, int | float | str | tuple)}
+    """The attributes of a node, `BadFile` for one that holds what its operator does not take."""
+    found = {name: value for name, value in node.attributes.items() if isinstance(value, int | float | str | tuple)}
+    for name, value in found.items():
+        listed: type | None = (
+            int if name in _INTS else float if name in _FLOATS else str if name == "activations" else None
+        )
+        if listed is not None:
+            right = isinstance(value, tuple) and all(type(each) is listed for each in value)
+        else:
+            right = type(value) is _TYPES.get(name, type(value))
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not right or any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
+            where = node.name or node.op_type
+            raise BadFile(Problem(where, f"the attribute {name} of {value!r}", "one that the operator takes"))
+    return found
 
 
 def _as_it_is(scope: Scope, node: NodeProto, candidate: _Candidate) -> bool:
@@ -387,14 +424,19 @@ def _prelu(scope: Scope, node: NodeProto, candidate: _Candidate) -> bool:
     return True
 
 
+def _window(scope: Scope, node: NodeProto, candidate: _Candidate) -> bool:
+    return len(candidate.expressions["W"].shape) > 2
+
+
 def _recurrent(scope: Scope, node: NodeProto, candidate: _Candidate) -> bool:
-    return "R" in candidate.expressions
+    return "R" in candidate.expressions and all(len(candidate.expressions[local].shape) == 3 for local in "WR")
 
 
 _FITTING = {
     "Gemm": _gemm,
     "MatMul": _matmul,
     "Gather": _gather,
+    **dict.fromkeys(("Conv", "ConvTranspose"), _window),
     "BatchNormalization": _vectors,
     "InstanceNormalization": _vectors,
     "GroupNormalization": _group_norm,
@@ -587,7 +629,10 @@ def _is_weight(leaf: Leaf, node: NodeProto | None, place: int, starts: bool) -> 
 def _paths(candidates: list[_Candidate]) -> list[str]:
     """A path for each layer: after its module, its tensors or its node; layers of a stack are numbered."""
     wanted = [_wanted_path(candidate) for candidate in candidates]
-    stacks = {path for path in wanted if _is_stack([c for c, p in zip(candidates, wanted, strict=True) if p == path])}
+    members: dict[str, list[_Candidate]] = {}
+    for candidate, path in zip(candidates, wanted, strict=True):
+        members.setdefault(path, []).append(candidate)
+    stacks = {path for path, found in members.items() if _is_stack(found)}
     taken: set[str] = set()
     counts: dict[str, int] = {}
     paths = []
