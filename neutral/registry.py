@@ -96,6 +96,7 @@ BUILT_IN: tuple[Framework, ...] = (
         extra="flax",
         signature=signatures.flax,
         live=signatures.live_flax,
+        by_name=True,
     ),
     Framework(
         name="equinox",
