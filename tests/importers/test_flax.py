@@ -150,7 +150,7 @@ def test_a_tree_is_not_in_the_order_of_computation(tmp_path: Path) -> None:
 
     def convert(*names: str) -> None:
         (tmp_path / "m.msgpack").write_bytes(serialization.msgpack_serialize({"params": dict.fromkeys(names, fc)}))
-        kinds = {name: "dense" for name in names}
+        kinds = dict.fromkeys(names, "dense")
         neutral.convert(tmp_path / "m.msgpack", tmp_path / "x.weights.h5", kinds=kinds, flatten={}, force=True)
 
     convert("fc1", "fc2")
