@@ -4,7 +4,7 @@
 >>> image = Described("x", "float32", ("batch", 3))
 >>> file = Model((relu,), {}, (image,), (Described("y", "float32", ("batch", 3)),), opset=21)
 >>> len(_serialized_nodes(file)), dtype_number("bfloat16")
-(27, 16)
+(19, 16)
 
 A message of protobuf has at most 2 GB. Of a larger model the elements lie in a file beside it, `<name>.data`, each tensor
 from a whole page on.
