@@ -19,9 +19,9 @@ from typing import Any
 from neutral.containers.pytree import PyTree, read_msgpack, read_orbax, split_key
 from neutral.containers.safetensors import open_safetensors
 from neutral.conventions.flax import full_name, separator_of
-from neutral.errors import BadFile, Problem
+from neutral.errors import BadFile, Problem, printable
 from neutral.exporters.flax_live import live_arrays, with_class
-from neutral.exporters.flax_tree import choose, layers
+from neutral.exporters.flax_tree import WeightSet, choose, layers
 from neutral.native import NativeModel
 
 
@@ -35,8 +35,8 @@ def read_live(model: Any) -> NativeModel:
         found = tuple(
             with_class(layer, places[layer.path], live.classes) if layer.path in places else layer for layer in found
         )
-    skipped = f"{len(live.skipped)} PRNG keys are no weights, left out" if live.skipped else ""
-    return NativeModel("flax", "live", found, collections=chosen.rest, notes=(skipped,) if skipped else ())
+    skipped = (f"{len(live.skipped)} PRNG keys are no weights, left out",) if live.skipped else ()
+    return NativeModel("flax", "live", found, collections=chosen.rest, notes=(*_notes(chosen), *skipped))
 
 
 _PLAIN = (type(None), bool, int, float, str, list, dict)
@@ -64,10 +64,18 @@ def _model(tree: PyTree, form: str, key: str | None, where: str, told: Mapping[s
             metadata["order"] = order
         if chosen.several:
             metadata["metadata"]["several"] = True
-        return NativeModel("flax", form, found, collections=chosen.rest, metadata=metadata, close=tree.close)
+        notes = _notes(chosen)
+        return NativeModel(
+            "flax", form, found, collections=chosen.rest, metadata=metadata, notes=notes, close=tree.close
+        )
     except BaseException:
         tree.close()
         raise
+
+
+def _notes(chosen: WeightSet) -> tuple[str, ...]:
+    names = chosen.left_out
+    return (f"arrays beside the weights, left out: {', '.join(printable(n, 80) for n in names[:10])}",) if names else ()
 
 
 def _remembered(tree: PyTree) -> dict[str, Any]:

@@ -21,10 +21,11 @@ from typing import Any, Final
 from neutral.containers.tree import Path
 from neutral.conventions.flax import ATTENTION_PARTS, CELLS, PARAMS, STATISTICS, full_name
 from neutral.errors import BadFile, Problem, Refused, printable, raise_all
+from neutral.exporters.flax_scan import unstacked
 from neutral.native import NativeLayer, NativeTensor, Tensor
 
 _NO_WEIGHTS: Final = re.compile(
-    r"opt(im\w*|_state\w*|s)?|tx|steps?|epochs?|iteration|(lr_?)?sched\w*|rngs?|\w*_rng|rng_\w*|random\w*|keys?|metrics?"
+    r"opt(im\w*|_state\w*|s)?|tx|steps?|epochs?|iteration|(lr_?)?sched\w*|rngs?|\w*_rng|rng_\w*|random\w*|metrics?"
     r"|loss(es)?|loss_scale|dynamic_scale|config|cfg|args|history|dropout_\w*",
     re.IGNORECASE,
 )
@@ -45,6 +46,11 @@ class WeightSet:
     weights: Mapping[Path, NativeTensor]
     rest: Mapping[str, tuple[NativeTensor, ...]] = field(default_factory=dict)
     several: bool = False
+
+    @property
+    def left_out(self) -> list[str]:
+        """What lies beside the weights under names that do not say that it is none."""
+        return [name for name in self.rest if not _NO_WEIGHTS.fullmatch(name) and not _AVERAGE.search(name)]
 
     @property
     def key(self) -> str:
@@ -113,9 +119,8 @@ def _nested(leaves: Mapping[Path, Tensor]) -> Node:
 
 def _sets(node: Node, place: Path, depth: int) -> Iterator[_Found]:
     """Every set of weights at or below a node."""
-    params = node.get(PARAMS, {} if isinstance(node.get(STATISTICS), dict) else None)
-    if isinstance(params, dict):
-        yield from _variables(node, params, place, depth)
+    if _is_variables(node):
+        yield from _variables(node, node.get(PARAMS, {}), place, depth)
         return
     branches = {name: child for name, child in node.items() if isinstance(child, dict)}
     plausible = {name: child for name, child in branches.items() if depth or not _NO_WEIGHTS.fullmatch(name)}
@@ -130,15 +135,21 @@ def _sets(node: Node, place: Path, depth: int) -> Iterator[_Found]:
             yield from inner
             return
     averages = [name for name in plausible if depth == 0 and _AVERAGE.search(name)]
-    if averages and len(plausible) > len(averages):
-        for name in plausible:
-            yield _Found((*place, name))
+    if averages:
+        statistics = (*place, STATISTICS) if STATISTICS in plausible else None
+        for name in [name for name in plausible if name != STATISTICS]:
+            yield _Found((*place, name), statistics)
     elif plausible or any(not isinstance(child, dict) for child in node.values()):
         yield _Found(place)
 
 
+def _is_variables(node: Node) -> bool:
+    """True for a dict of variables, a layer of statistics alone being one, too."""
+    return isinstance(node.get(PARAMS), dict) or (node.keys() == {STATISTICS} and isinstance(node[STATISTICS], dict))
+
+
 def _has_variables(node: Node, depth: int) -> bool:
-    if isinstance(node.get(PARAMS), dict) or isinstance(node.get(STATISTICS), dict):
+    if _is_variables(node):
         return True
     return depth < _DEEP and any(_has_variables(child, depth + 1) for child in node.values() if isinstance(child, dict))
 
@@ -164,7 +175,7 @@ def _variables(node: Node, params: Node, place: Path, depth: int) -> Iterator[_F
 def _below(root: Node, key: str) -> _Found | None:
     """What lies under keys joined by dots; a key may itself have dots in it."""
     node, rest = root, key
-    place: tuple[str, ...] = ()
+    place: Path = ()
     while rest:
         names = [n for n, child in node.items() if isinstance(child, dict) and (rest == n or rest.startswith(n + "."))]
         if not names:
@@ -189,7 +200,8 @@ def _weight_set(
     for path, data in leaves.items():
         relative = _relative(path, chosen)
         if relative is None:
-            name = next((n for place, n in others.items() if path[: len(place)] == place), path[0] if path else "")
+            above = (others[path[:n]] for n in range(1, len(path)) if path[:n] in others)
+            name = next(above, path[0] if path else "")
             rest.setdefault(name, []).append(NativeTensor(full_name(path), data))
         elif relative in weights:
             problems.append(
@@ -210,7 +222,7 @@ def _relative(path: Path, chosen: _Found) -> Path | None:
     for place in (chosen.params, chosen.statistics):
         if place is not None and path[: len(place)] == place and len(path) > len(place):
             relative = path[len(place) :]
-            return None if not place and _NO_WEIGHTS.fullmatch(relative[0]) and len(relative) > 1 else relative
+            return None if not place and _NO_WEIGHTS.fullmatch(relative[0]) else relative
     return None
 
 
@@ -225,18 +237,26 @@ def _without_value(weights: dict[Path, NativeTensor]) -> dict[Path, NativeTensor
 
 
 def layers(weights: Mapping[Path, NativeTensor]) -> tuple[NativeLayer, ...]:
-    """The layers of a set of weights, in the order of their first tensors; recurrent cells and attentions in one piece."""
+    """The layers of a set of weights, in the order of their first tensors; recurrent cells and attentions in one piece.
+
+    Those in a stack are layers of their own.
+    """
+    return grouped(unstacked(weights, grouped))
+
+
+def grouped(weights: Mapping[Path, NativeTensor]) -> tuple[NativeLayer, ...]:
     tree = _Tree.of(weights)
-    made: dict[str, dict[str, NativeTensor]] = {}
+    made: dict[Path, dict[str, NativeTensor]] = {}
     for name, tensor in weights.items():
         path = _normalised(name, tree)
         at = tree.layer_of(path)
         local = "/".join(path[at:])
         state = tensor.state or "rngs" in path[:-1]
-        made.setdefault(".".join(path[:at]), {})[local] = NativeTensor(tensor.name, tensor.data, tensor.identity, state)
-    return tuple(NativeLayer(path, None, tensors) for path, tensors in made.items())
+        made.setdefault(path[:at], {})[local] = NativeTensor(tensor.name, tensor.data, tensor.identity, state)
+    return tuple(NativeLayer(".".join(path), None, tensors) for path, tensors in made.items())
 
 
+_CELL_PARTS: Final = frozenset(frozenset(cell) for cell in CELLS)
 _OF_A_KERNEL: Final = re.compile(r"(.+)/kernel/scale")
 
 
@@ -258,7 +278,7 @@ def _normalised(path: Path, tree: _Tree) -> Path:
 
 @dataclass(frozen=True)
 class _Tree:
-    """The names below each node, and the rank of each leaf."""
+    """The names below each node (but for the streams of random numbers), and the rank of each leaf."""
 
     below: Mapping[Path, frozenset[str]]
     ranks: Mapping[Path, int]
@@ -268,7 +288,8 @@ class _Tree:
         below: dict[Path, set[str]] = {}
         for path in weights:
             for i, name in enumerate(path):
-                below.setdefault(path[:i], set()).add(name)
+                if name != "rngs":
+                    below.setdefault(path[:i], set()).add(name)
         ranks = {path: len(tensor.data.shape) for path, tensor in weights.items()}
         return cls({path: frozenset(names) for path, names in below.items()}, ranks)
 
@@ -287,11 +308,11 @@ class _Tree:
         return len(path) - 1
 
     def _names(self, node: Path) -> frozenset[str]:
-        return self.below.get(node, frozenset()) - {"rngs"}
+        return self.below.get(node, frozenset())
 
     def _is_cell(self, node: Path) -> bool:
         names = self._names(node)
-        return any(names == frozenset(cell) for cell in CELLS) and all(
+        return names in _CELL_PARTS and all(
             self._names((*node, name)) <= {"kernel", "bias"} and self.ranks.get((*node, name, "kernel")) == 2
             for name in names
         )

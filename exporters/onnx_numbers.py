@@ -62,7 +62,7 @@ class _Computing:
         if any(found is None for found, each in zip(ins, node.inputs, strict=True) if each):
             return None
         try:
-            made = _made(node, ins)
+            made: Some | None = _made(node, ins)
         except (ArithmeticError, IndexError, TypeError, ValueError):
             return None
         return made if made is not None and made.size <= _LONGEST else None
@@ -94,13 +94,15 @@ def _known(found: Some | None) -> list[int] | None:
     return [operator.index(n) for n in found.reshape(-1)]
 
 
-def _made(node: NodeProto, ins: Sequence[Any]) -> Some | None:
+def _made(node: NodeProto, ins: Sequence[Any]) -> Any:
+    """What an operator makes of numbers: a `Some`, or None for an operator that is not known."""
+    attributes: Mapping[str, Any] = node.attributes
     match node.op_type:
         case "Constant":
-            value = node.attributes.get("value_ints", node.attributes.get("value_int"))
+            value = attributes.get("value_ints", attributes.get("value_int"))
             return _some(value) if isinstance(value, int | tuple) else None
         case "ConstantOfShape":
-            held = getattr(node.attributes.get("value"), "data", None)
+            held = getattr(attributes.get("value"), "data", None)
             shape = _known(ins[0]) or []
             if any(n > _LONGEST for n in shape):
                 return None
@@ -115,13 +117,13 @@ def _made(node: NodeProto, ins: Sequence[Any]) -> Some | None:
         case "Reshape":
             return _some(ins[0]).reshape(_known(ins[1]) or ())
         case "Squeeze":
-            axes = _known(ins[1]) if len(ins) > 1 else node.attributes.get("axes")
+            axes = _known(ins[1]) if len(ins) > 1 else attributes.get("axes")
             return np.squeeze(ins[0], None if axes is None else tuple(axes))
         case "Unsqueeze":
-            axes = _known(ins[1]) if len(ins) > 1 else node.attributes.get("axes")
+            axes = _known(ins[1]) if len(ins) > 1 else attributes.get("axes")
             return np.expand_dims(ins[0], tuple(axes or ()))
         case "Transpose":
-            return np.transpose(ins[0], node.attributes.get("perm"))
+            return np.transpose(ins[0], attributes.get("perm"))
         case "Slice":
             return _sliced(ins)
         case "ReduceProd":

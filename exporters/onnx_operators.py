@@ -329,7 +329,7 @@ def _unsqueeze(b: Builder) -> None:
     if 0 in axes:
         raise Inexpressible("an Unsqueeze in front of the first axis")
     rest = iter(x.sizes)
-    b.make("Unsqueeze", [x], tuple(1 if i in axes else next(rest) for i in range(rank)), {"axes": axes})
+    b.make("Unsqueeze", [x], tuple(1 if i in axes else next(rest, None) for i in range(rank)), {"axes": axes})
 
 
 def _concat(b: Builder) -> None:

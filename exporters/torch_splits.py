@@ -130,7 +130,8 @@ def _after_linear(seen: Seen, config: Config) -> Seen:
 
 def _unflattened(seen: Seen, config: Config, rest: Sequence[Module]) -> Seen:
     sizes = ints(config.get("unflattened_size", ()))
-    vector = seen.rank == 2 or _next_rank(rest) == len(sizes) + 1
+    # A chain of Linears takes any number of axes, and `rank` is the fewest: the last axis of more is no feature map.
+    vector = (seen.rank == 2 and config.get("dim") == 1) or _next_rank(rest) == len(sizes) + 1
     if seen.order != "plain" or not vector or config.get("dim") not in (1, -1):
         return UNKNOWN
     if len(sizes) < 2 or seen.channels != math.prod(sizes):

@@ -10,7 +10,8 @@ A new file has the variables of Linen, {"params": …, "batch_stats": …}; one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +19,9 @@ import numpy as np
 
 from neutral.containers.files import new_file, refuse_same
 from neutral.containers.pytree import (
+    PyTree,
+    read_msgpack,
+    read_orbax,
     replace_msgpack,
     replace_orbax,
     split_key,
@@ -26,11 +30,11 @@ from neutral.containers.pytree import (
 )
 from neutral.containers.safetensors import misfits, open_safetensors, replace_tensors, usual_order, write
 from neutral.containers.tree import Path as Place
-from neutral.conventions.flax import PARAMS, SEPARATORS, STATISTICS, separator_of
+from neutral.conventions.flax import PARAMS, SEPARATORS, STATISTICS, full_name, separator_of
 from neutral.conventions.flax_live import Place as LivePlace
 from neutral.conventions.flax_live import places, unboxed
 from neutral.errors import Problem, Refused, Unsupported, an, printable, raise_all
-from neutral.native import NativeModel, Tensor
+from neutral.native import Array, NativeModel, Tensor, from_array, stack
 from neutral.suffixes import suffix_of
 
 if TYPE_CHECKING:
@@ -48,18 +52,71 @@ def fill(
     if suffix_of(template) == SAFETENSORS and template.is_file():
         _fill_safetensors(template, tensors, out, force)
         return
-    leaves = {place_of(name): data for name, data in tensors.items()}
     if template.is_dir():
-        replace_orbax(template, leaves, out, split_key(template, key)[0], force=force)
+        place, _ = split_key(template, key)
+        leaves = _leaves(tensors, lambda: read_orbax(template, place))
+        replace_orbax(template, leaves, out, place, force=force)
     else:
-        replace_msgpack(template, leaves, out, force=force)
+        replace_msgpack(template, _leaves(tensors, lambda: read_msgpack(template)), out, force=force)
+
+
+_SLICE: Final = re.compile(r"(.*)#(\d+):(\d+)", re.DOTALL)
+"""The name of a tensor that is one of those along an axis of a leaf."""
+
+
+def _leaves(tensors: Mapping[str, Tensor], opened: Callable[[], PyTree]) -> dict[Place, Tensor]:
+    """The leaves of a template that change, put together again where a stack was read as several layers."""
+    if not any(_SLICE.fullmatch(name) for name in tensors):
+        return {place_of(name): data for name, data in tensors.items()}
+    tree = opened()
+    try:
+        # What is not replaced is read from the template, so that it must stay open: its elements are few enough to keep.
+        kept = {place: from_array(tree.leaves[place].read()) for place in _stacks(tensors) if place in tree.leaves}
+    finally:
+        tree.close()
+    return whole(tensors, kept)
+
+
+def _stacks(tensors: Mapping[str, Tensor]) -> set[Place]:
+    return {place_of(found[1]) for found in map(_SLICE.fullmatch, tensors) if found is not None}
+
+
+def whole(tensors: Mapping[str, Tensor], there: Mapping[Place, Tensor]) -> dict[Place, Tensor]:
+    """Tensors by the place of their leaf; of those along an axis of one, the missing ones are as they are `there`.
+
+    >>> one = from_array([1.0])
+    >>> whole({"a/kernel#0:1": one}, {("a", "kernel"): from_array([[0.0], [0.0]])})[("a", "kernel")].read().tolist()
+    [[0.0], [1.0]]
+    """
+    leaves: dict[Place, Tensor] = {}
+    pieces: dict[Place, dict[int, Tensor]] = {}
+    axes: dict[Place, int] = {}
+    for name, data in tensors.items():
+        found = _SLICE.fullmatch(name)
+        place = place_of(found[1] if found else name)
+        leaves[place] = data
+        if found is not None:
+            pieces.setdefault(place, {})[int(found[3])] = data
+            axes[place] = int(found[2])
+    for place, given in pieces.items():
+        axis = axes[place]
+        old = there.get(place)
+        count = len(given) if old is None else old.shape[axis]
+        if old is None and set(given) != set(range(count)):
+            raise Refused(
+                Problem(full_name(place), f"{count} layers of a stack", "all of them", "write the whole stack")
+            )
+        parts = [given[i] if i in given else old.take(axis, (i,)).split(axis, ()) for i in range(count)]  # type: ignore[union-attr]
+        leaves[place] = stack(parts, axis)
+    return leaves
 
 
 def _fill_safetensors(template: Path, tensors: Mapping[str, Tensor], out: Path, force: bool) -> None:
     opened = open_safetensors(template)
     try:
         separator = separator_of(opened.tensors)
-        new = {separator.join(place_of(name)): data for name, data in tensors.items()}
+        there = {tuple(name.split(separator)): data for name, data in opened.tensors.items()}
+        new = {separator.join(place): data for place, data in whole(tensors, there).items()}
         raise_all(Refused, misfits(str(template), opened.tensors, new))
         (source,) = opened.files
         refuse_same(out, source.path)
@@ -75,23 +132,24 @@ def place_of(name: str) -> Place:
     >>> place_of("params/WeightNorm_0/Dense_0~1kernel~1scale")
     ('params', 'WeightNorm_0', 'Dense_0/kernel/scale')
     """
-    return tuple(key.replace("~1", "/").replace("~0", "~") for key in name.split("/"))
+    return tuple(key.replace("~2", "#").replace("~1", "/").replace("~0", "~") for key in name.split("/"))
 
 
 def fill_live(model: Any, tensors: Mapping[str, Tensor]) -> None:
     """Set the arrays named in nested dicts, a State, a TrainState or an nnx.Module. All are checked before the first is set."""
     found = _live_places(model)
+    there = {place: from_array(np.asarray(found[place].array)) for place in _stacks(tensors) if place in found}
+    leaves = whole(tensors, there)
     problems = []
-    for name, data in tensors.items():
-        place = found.get(place_of(name))
-        problem = None if place is not None else Problem(name, "no array of that name", "one of the model's")
-        if place is not None:
-            problem = _unfit(name, place, data)
-        if problem is not None:
+    for path, data in leaves.items():
+        place = found.get(path)
+        if place is None:
+            problems.append(Problem(full_name(path), "no array of that name", "one of the model's"))
+        elif (problem := _unfit(full_name(path), place, data)) is not None:
             problems.append(problem)
     raise_all(Refused, problems)
-    for name, data in tensors.items():
-        _set(found[place_of(name)], data)
+    for path, array in {path: data.read() for path, data in leaves.items()}.items():
+        _set(found[path], array)
 
 
 def _live_places(model: Any) -> dict[Place, LivePlace]:
@@ -123,11 +181,11 @@ def _writable(array: Any) -> bool:
     return isinstance(array, np.ndarray) and bool(array.flags.writeable)
 
 
-def _set(place: LivePlace, data: Tensor) -> None:
+def _set(place: LivePlace, data: Array) -> None:
+    new: Any = data
     if _writable(place.array):
-        place.array[...] = data.read()
+        place.array[...] = new
         return
-    new = data.read()
     if not isinstance(place.array, np.ndarray):
         import jax
 
@@ -178,8 +236,9 @@ def _own_leaves(model: NativeModel, manifest: Manifest) -> dict[Place, Tensor]:
         tensors |= {t.name: t.data for members in model.collections.values() for t in members}
     order = manifest.source.settings.get("order")
     known = order if isinstance(order, list) else manifest.source.order
-    rank = {str(name): i for i, name in enumerate(known)}
-    return {place_of(name): tensors[name] for name in sorted(tensors, key=lambda name: rank.get(name, len(rank)))}
+    rank = {str(name).partition("#")[0]: i for i, name in enumerate(known)}
+    leaves = whole(tensors, {})
+    return {place: leaves[place] for place in sorted(leaves, key=lambda place: rank.get(full_name(place), len(rank)))}
 
 
 def _settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:

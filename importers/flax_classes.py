@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from neutral.errors import Problem, Refused, an, raise_all
+from neutral.errors import Problem, Refused, an, named, raise_all
 from neutral.native import Tensor
 from neutral.schema import layer_sizes
 from neutral.schema.manifest import Manifest
@@ -39,6 +39,15 @@ def layer_classes(manifest: Manifest) -> dict[str, NativeClass]:
             problems.extend(error.problems)
     raise_all(Refused, problems)
     return found
+
+
+def remarks(manifest: Manifest) -> list[str]:
+    """What a model must be built with for a new file to be right in it, where that is a choice."""
+    turned = [layer.path for layer in manifest.layers if layer.kind == "conv_transpose"]
+    if not turned:
+        return []
+    names = ", ".join(named(path) for path in turned[:5]) + (f" and {len(turned) - 5} more" if len(turned) > 5 else "")
+    return [f"{names}: for ConvTranspose with transpose_kernel=False, as is usual; a template may have it otherwise"]
 
 
 def _no_form(layer: Any, found: str, expected: str) -> Refused:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard, cast
 from neutral.containers.files import new_file, new_folder, refuse_inside, refuse_same
 from neutral.containers.hdf5 import Hdf5Source, Hdf5Tree, fill_hdf5, in_place, plan_hdf5, spliced
 from neutral.containers.keras_file import CONFIG, METADATA, WEIGHTS, KerasFile, open_keras
+from neutral.containers.keras_shards import fill_shards
 from neutral.containers.zip_replacing import replace_members
 from neutral.containers.zip_writing import NewMember, write_zip
 from neutral.conventions.keras_config import (
@@ -69,6 +70,8 @@ def fill(
         whole = {**tensors, **_second_copies(opened.source, tensors)}
         if template.is_dir():
             _fill_folder(opened, whole, out, force)
+        elif opened.shards is not None:
+            fill_shards(opened.shards, whole, out, force)
         else:
             with new_file(out, force) as file:
                 if opened.zip is None:

@@ -20,11 +20,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from pydantic import ValidationError
+
 from neutral.canonical import CROSSING, HEADED, CanonicalLayer, CanonicalTensor, fine_axes
 from neutral.containers.elements import element_bytes
 from neutral.containers.files import SourceFile, check_output, leads_outside, new_file, new_files
 from neutral.containers.safetensors import dtype_code, header_bytes, open_safetensors, read_header
-from neutral.errors import BadFile, Problem, Refused, printable, raise_all
+from neutral.errors import BadFile, Problem, Refused, an, printable, raise_all
 from neutral.native import NativeTensor, Tensor
 from neutral.schema.graph import Graph
 from neutral.schema.kinds import KINDS, LABELS, Layer, Parameter
@@ -230,8 +232,8 @@ def _manifest(contents: Contents, grouped: Sequence[Sequence[_Item]], found: Map
             role = item.name[len(layer.path) + 1 :]
             parameters[role] = _parameter(item, found.get(item.tied_to or item.name, _NO_DIGEST))
         extra = {"candidates": layer.candidates} if layer.kind == "unknown" else {}
-        layers.append(
-            KINDS[layer.kind](
+        try:
+            described = KINDS[layer.kind](
                 path=layer.path,
                 native=layer.native,
                 native_path=layer.native_path,
@@ -243,7 +245,11 @@ def _manifest(contents: Contents, grouped: Sequence[Sequence[_Item]], found: Map
                 **extra,
                 **layer.attributes,
             )
-        )
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            what = f"{'.'.join(str(part) for part in first['loc'])} that makes no sense ({first['msg']})"
+            raise BadFile(Problem(layer.path, what, f"a setting that {an(layer.kind)} can have")) from None
+        layers.append(described)
     collections = {
         name: {
             t.name: Parameter(

@@ -148,12 +148,18 @@ def _foreign_model(
             )
         elif layer.kind == "unknown" and layer.weights:
             journey.problems.append(_unknown_problem(layer, framework, origin))
+        elif layer.attributes.get("grouping") == "interleaved":
+            found = "a group norm whose groups take every n-th channel"
+            journey.problems.append(
+                Problem(layer.path, found, "channels side by side", "train it with GroupNorm(pytorch_compatible=True)")
+            )
         elif layer.undecided and origin.flatten != convention.flatten and not whole:
             journey.problems.append(undecided_problem(layer))
     raise_all(Refused, journey.problems)
     targets = framework.targets()
     classes: Mapping[str, tuple[str, Mapping[str, Any]]] = targets.layer_classes(manifest)
     states: Callable[..., Mapping[str, Any]] = getattr(targets, "layer_states", lambda cls, roles: {})
+    journey.notes += getattr(targets, "remarks", lambda manifest: [])(manifest)
     layers = []
     for layer in contents.layers:
         if not layer.weights:

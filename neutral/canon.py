@@ -37,7 +37,7 @@ from neutral.conventions.forms import (
 )
 from neutral.conventions.hints import kind_hint, settings_known, ways
 from neutral.crossing import WITH_SPACE, Crossing, Seen, Told, flattened
-from neutral.errors import BadLayout, Problem, Refused, an, named, raise_all
+from neutral.errors import BadFile, BadLayout, Problem, Refused, an, named, raise_all
 from neutral.layout import Layout, layout
 from neutral.native import NativeLayer, NativeModel, NativeTensor, Tensor, stack
 from neutral.schema.kinds import KINDS, LABELS, Evidence
@@ -407,6 +407,16 @@ def _hint(path: str, hints: Mapping[str, str]) -> str | None:
     return next((kind for pattern, kind in hints.items() if fnmatchcase(path, pattern)), None)
 
 
+def _told_attributes(bound: BoundPart, layer: NativeLayer) -> dict[str, Any]:
+    """The attributes that a layer's config tells; one that comes out of a file may be of any type."""
+    try:
+        found = bound.part.attributes(layer.config, bound.sizes)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        what = f"settings of {an(layer.cls or bound.part.kind)} that make no sense ({type(error).__name__})"
+        raise BadFile(Problem(layer.path, what, "settings as its framework writes them")) from None
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _canonical(
     known: Known,
     convention: Convention,
@@ -439,7 +449,7 @@ def _canonical(
         path = known.binding.path(layer.path, bound)
         channels, undecided = flattened(path, layer.path, kind, bound.sizes, told, crossing)
         tensors = _part_tensors(bound, layer, convention, channels)
-        attributes = {k: v for k, v in bound.part.attributes(layer.config, bound.sizes).items() if v is not None}
+        attributes = _told_attributes(bound, layer)
         kind, attributes = _normal_kind(kind, attributes, tensors)
         attributes = {k: v for k, v in attributes.items() if k in KINDS[kind].model_fields}
         part = known.binding.part_name(bound)

@@ -453,6 +453,8 @@ def differing_settings(
             remarks.append(
                 f"{where}: the source does not say {name}; taken to be {target.attributes[name]}, as in the template"
             )
+    found, doubt = _differing_groups(source, target, where, wired_alike)
+    problems, remarks = problems + found, remarks + doubt
     for name, usual in _WIRED_ELSEWHERE.items():
         a, b = source.attributes.get(name), target.attributes.get(name)
         for mine, other, whose in ((a, b, "source"), (b, a, "template")):
@@ -465,6 +467,21 @@ def differing_settings(
         if layer.kind in _LAST_AXES and axis is not None and "axis" not in other.attributes and not _trailing(axis):
             remarks.append(f"{where}: axis is {axis} in the {whose}; the other model must be wired to do the same")
     return problems, remarks
+
+
+def _differing_groups(
+    source: CanonicalLayer, target: CanonicalLayer, where: str, wired_alike: bool
+) -> tuple[list[Problem], list[str]]:
+    """Group norms that take other channels together, or of which one does not say which."""
+    mine, other = (layer.attributes.get("grouping") for layer in (source, target))
+    if mine == other or "group_norm" not in (source.kind, target.kind):
+        return [], []
+    if "unsaid" in (mine, other):
+        whose = "source" if mine == "unsaid" else "template"
+        taken = f"{where}: the {whose} does not say how it groups channels; taken to be as in the other model"
+        return [], [taken if wired_alike or "interleaved" in (mine, other) else f"{taken}, side by side"]
+    told = [f"channels of a group that are {grouping or 'side by side'}" for grouping in (mine, other)]
+    return [Problem(where, told[0], f"the template's {told[1]}", "use GroupNorm(pytorch_compatible=True) in MLX")], []
 
 
 def _differing(where: str, name: str, a: Any, b: Any) -> Problem:

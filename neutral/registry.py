@@ -43,6 +43,7 @@ BUILT_IN: tuple[Framework, ...] = (
         files=(
             Format("keras", ".keras", (".keras",), whole=True),
             Format("weights.h5", ".weights.h5 (Keras 2 and 3)", (".weights.h5",)),
+            Format("weights.json", ".weights.json and its shards (Keras 3)", (".weights.json",), new=False),
             Format("h5", ".h5 (whole model, Keras 1 to 3)", (".h5", ".hdf5"), whole=True),
             Format("keras-folder", ".keras unzipped", (), new=False, whole=True, folder=True),
         ),
@@ -185,6 +186,25 @@ BUILT_IN: tuple[Framework, ...] = (
         extra="paddle",
         signature=signatures.paddle,
         live=instance_of(("paddle", "Layer")),
+        chain=any_chain,
+    ),
+    Framework(
+        name="mlx",
+        exporter="neutral.exporters.mlx",
+        importer="neutral.importers.mlx",
+        convention_at="neutral.conventions.mlx:MLX",
+        files=(
+            Format("mlx", ".safetensors (names of MLX)", (".safetensors",), shared=True),
+            Format("mlx-npz", ".npz (names of MLX)", (".npz",), shared=True),
+            Format(
+                "mlx-shards", "shards with an index", (".safetensors.index.json",), new=False, folder=True, shared=True
+            ),
+        ),
+        target="neutral.importers.mlx_classes",
+        packages=("mlx",),
+        extra="mlx",
+        signature=signatures.mlx,
+        live=signatures.live_mlx,
         chain=any_chain,
     ),
 )

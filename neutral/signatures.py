@@ -1,6 +1,6 @@
 """What a file or folder is, by its content: a `Probe` looks at it once, and each framework's signature looks at the probe.
 
->>> import pathlib, tempfile
+>>> import pathlib, tempfile, zipfile
 >>> path = pathlib.Path(tempfile.mkdtemp()) / "x.npz"
 >>> with zipfile.ZipFile(path, "w") as made:
 ...     made.writestr("a.npy", b"")
@@ -20,16 +20,17 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 from neutral.containers.eqx import is_eqx
 from neutral.containers.files import SourceFile
+from neutral.containers.npz import is_of_mlx
 from neutral.containers.orbax import holds_checkpoint
 from neutral.containers.paddle_file import holds_tables
 from neutral.containers.protobuf import BYTES, VARINT, FileReader
 from neutral.containers.torch_program import holds_program
 from neutral.containers.zip import ZipSource
-from neutral.errors import NeutralError
+from neutral.errors import NeutralError, Problem, Refused
 from neutral.suffixes import suffix_of
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
@@ -95,6 +96,17 @@ class Probe:
         """The names in a zip; nothing for another file."""
         return tuple(ZipSource(self._file).members) if self.container == "zip" and self._file is not None else ()
 
+    @cached_property
+    def of_mlx(self) -> bool:
+        """Whether MLX wrote the arrays of a zip."""
+        arrays = bool(self.members) and all(name.endswith(".npy") for name in self.members)
+        if not arrays or self._file is None:
+            return False
+        try:
+            return is_of_mlx(ZipSource(self._file))
+        except NeutralError:
+            return False
+
     def has(self, *names: str) -> bool:
         """Whether a folder has files of all these names."""
         return self.is_folder and all((self.path / name).is_file() for name in names)
@@ -113,6 +125,25 @@ class Probe:
         except (ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def layout(self) -> str:
+        """What safetensors, alone, as shards or in a folder, say of their layout: the `format` of their metadata; else `mlx`
+        or `mlx?` for a header as MLX writes it; else nothing."""
+        from neutral.containers.safetensors import open_safetensors
+
+        shards = self.container == "json" and "weight_map" in self.json
+        if not (self.container == "safetensors" or shards or self.any("*.safetensors")):
+            return ""
+        try:
+            opened = open_safetensors(self.path)
+        except NeutralError:
+            return ""
+        try:
+            told = opened.metadata.get("format")
+            return told if told is not None else {"null": "mlx", "sorted": "mlx?"}.get(opened.style, "")
+        finally:
+            opened.close()
 
     @cached_property
     def safetensors(self) -> tuple[Mapping[str, str], tuple[str, ...]]:
@@ -170,10 +201,20 @@ def torch(probe: Probe) -> str | None:
 def keras(probe: Probe) -> str | None:
     if probe.container == "hdf5":
         return "weights.h5" if suffix_of(probe.path) == ".weights.h5" else "h5"
+    if _maps_to_hdf5(probe.json.get("weight_map")):
+        return "weights.json"
     weights = ("model.weights.h5", "model.weights.npz")
     if "config.json" in probe.members and any(name in probe.members for name in weights):
         return "keras"
     return "keras-folder" if probe.has("config.json", "model.weights.h5") else None
+
+
+def _maps_to_hdf5(weight_map: object) -> bool:
+    """True for the map of sharded weights: groups of variables and the HDF5 files, one or several, that hold them."""
+    if not isinstance(weight_map, dict):
+        return False
+    shards = [shard for told in weight_map.values() for shard in (told if isinstance(told, list) else [told])]
+    return bool(shards) and all(isinstance(shard, str) and shard.endswith(".h5") for shard in shards)
 
 
 def tensorflow(probe: Probe) -> str | None:
@@ -183,12 +224,16 @@ def tensorflow(probe: Probe) -> str | None:
 
 
 def numpy(probe: Probe) -> str | None:
+    if probe.of_mlx:
+        return None
     return "npz" if probe.members and all(name.endswith(".npy") for name in probe.members) else None
 
 
 def safetensors(probe: Probe) -> str | None:
+    if probe.layout in ("mlx", "mlx?", "paddle"):
+        return None
     if probe.container == "safetensors":
-        return None if paddle(probe) is not None else "safetensors"
+        return "safetensors"
     if probe.any("*.safetensors.index.json") or "weight_map" in probe.json:
         return "shards"
     return "safetensors" if probe.any("*.safetensors") else None
@@ -219,7 +264,7 @@ def paddle(probe: Probe) -> str | None:
     """A pickle with paddle's own tables or pairs in it, or of its suffix; what jit.save makes, to be refused in words."""
     suffix = suffix_of(probe.path)
     if probe.container == "safetensors":
-        return "paddle-safetensors" if probe.safetensors[0].get("format") == "paddle" else None
+        return "paddle-safetensors" if probe.layout == "paddle" else None
     if suffix in (".pdparams", ".pdopt", ".pdiparams", ".pdmodel") and probe.container in ("pickle", ""):
         return "pdparams"
     return "pdparams" if probe.container == "pickle" and holds_tables(probe.path) else None
@@ -265,6 +310,22 @@ def _is_flat_tree(names: tuple[str, ...]) -> bool:
     )
 
 
+def mlx(probe: Probe) -> str | None:
+    """Files whose metadata say so, or whose headers are as MLX alone writes them."""
+    if probe.layout == "mlx?":
+        raise Refused(
+            Problem(
+                str(probe.path),
+                "safetensors written as MLX writes them, whose metadata do not say whose layout they have",
+                "to know it, for MLX's convolutions and torch's have other axes under the same names",
+                "say it with --from mlx or --from safetensors, or save them with the metadata {'format': 'mlx'}",
+            )
+        )
+    if probe.layout == "mlx":
+        return "mlx" if probe.container == "safetensors" else "mlx-shards"
+    return "mlx-npz" if probe.of_mlx else None
+
+
 _TENSOR_OF_A_MODULE = re.compile(
     r"(weight|bias)(_[a-z0-9_]+)?|in_proj_(weight|bias)|running_(mean|var)|num_batches_tracked"
 )
@@ -284,12 +345,20 @@ def is_state_dict(model: Mapping[Any, Any]) -> bool:
 
 def live_torch(model: object) -> bool:
     """A torch.nn.Module, or a dict of arrays with a module's names."""
-    return is_state_dict(model) if isinstance(model, Mapping) else instance_of(("torch", "Module"))(model)
+    return is_state_dict(model) if _is_plain(model) else instance_of(("torch", "Module"))(model)
 
 
 def live_arrays(model: object) -> bool:
     """A dict of arrays that no framework's names are in."""
-    return isinstance(model, Mapping)
+    return _is_plain(model)
+
+
+live_mlx = instance_of(("mlx", "Module"))
+
+
+def _is_plain(model: object) -> TypeGuard[Mapping[Any, Any]]:
+    """A mapping that is no module: those of MLX are dicts of what is in them."""
+    return isinstance(model, Mapping) and not live_mlx(model)
 
 
 def live_flax(model: object) -> bool:

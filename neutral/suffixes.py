@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Final
 
 ARCHIVE_SUFFIXES: Final = (".nwt", ".nwt.index.json")
-_OF_SEVERAL_PARTS: Final = (".weights.h5", ".safetensors.index.json", ".bin.index.json", ".nwt.index.json")
+_OF_SEVERAL_PARTS: Final = (
+    ".weights.h5",
+    ".weights.json",
+    ".safetensors.index.json",
+    ".bin.index.json",
+    ".nwt.index.json",
+)
 
 
 def suffix_of(path: Path) -> str:

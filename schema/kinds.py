@@ -181,10 +181,14 @@ class LayerNorm(Layer):
 
 
 class GroupNorm(Layer):
+    """The channels of a group lie side by side; `interleaved`, channel c belongs to group c modulo the groups, and `unsaid`
+    means that the source may be either (MLX)."""
+
     kind: Literal["group_norm"] = "group_norm"
     eps: float | None = None
     axis: Axes | None = None
     groups: int | None = None
+    grouping: Literal["interleaved", "unsaid"] | None = None
     parameters_of = {"scale": Role(("feature",)), "bias": Role(("feature",))}
 
 

@@ -1,11 +1,12 @@
 """A Keras file as bytes: its variables, its config, and the files or members they lie in.
 
-Three formats, told by content: `.keras` (a zip, or the same as a folder), the legacy `.h5`, and `.weights.h5`. The
-config is a text: it is parsed, bounded in size and depth, and never built.
+Formats are told by content: `.keras` (a zip, or the same as a folder), the legacy `.h5`, `.weights.h5`, and the index of
+sharded weights, `.weights.json`. The config is a text: it is parsed, bounded in size and depth, and never built.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from neutral.containers.files import SourceFile
 from neutral.containers.hdf5 import SIGNATURE, Hdf5Source, open_hdf5
 from neutral.containers.json_text import parse_json
+from neutral.containers.keras_shards import Shards, open_shards
 from neutral.containers.zip import ZipSource
 from neutral.containers.zip_records import STORED
 from neutral.errors import BadFile, Problem
@@ -23,6 +25,7 @@ Config = Mapping[str, Any]
 CONFIG, METADATA, WEIGHTS = "config.json", "metadata.json", "model.weights.h5"
 
 _LARGEST_JSON = 64 << 20
+_SHARD = re.compile(r"(.+)_[0-9]{5}\.weights\.h5")
 
 
 @dataclass
@@ -36,10 +39,13 @@ class KerasFile:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     zip: ZipSource | None = None
     file: SourceFile | None = None
+    shards: Shards | None = None
 
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
+        if self.shards is not None:
+            self.shards.close()
 
 
 def open_keras(path: Path) -> KerasFile:
@@ -51,6 +57,10 @@ def open_keras(path: Path) -> KerasFile:
         if file.size >= 8 and file.read(0, 8) == SIGNATURE:
             source = open_hdf5(file.section(0, file.size), str(path))
             return _open_h5(path, file, source)
+        if file.read(0, min(file.size, 64)).lstrip()[:1] == b"{":
+            file.close()
+            shards = open_shards(path)
+            return KerasFile(path, "weights.json", shards.whole, shards=shards)
         return _open_zip(path, file)
     except BaseException:
         file.close()
@@ -106,8 +116,17 @@ def _open_h5(path: Path, file: SourceFile, source: Hdf5Source) -> KerasFile:
     if "layer_names" in root or "layer_names0" in root:
         return KerasFile(path, "h5-weights", source, None, versions, None, file)
     if any(group.rpartition("/")[2] == "vars" for group in source.groups):
+        _check_whole(path)
         return KerasFile(path, "weights.h5", source, None, versions, None, file)
     raise BadFile(Problem(str(path), "an HDF5 file without Keras weights", "one that Keras wrote"))
+
+
+def _check_whole(path: Path) -> None:
+    """A shard holds some of a model's variables, and would pass for a file of all of them."""
+    found = _SHARD.fullmatch(path.name)
+    index = path.with_name(f"{found[1]}.weights.json") if found is not None else None
+    if index is not None and index.is_file():
+        raise BadFile(Problem(str(path), f"one of the shards of {index.name}", "all of them", f"name {index}"))
 
 
 def _versions(found: Mapping[str, Any]) -> dict[str, Any]:

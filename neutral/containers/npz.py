@@ -42,6 +42,7 @@ DTYPES_MEMBER = "__neutral_dtypes__"
 
 _LARGEST_DTYPES = 16 << 20
 _ALIGNMENT = 64
+_TWO_BYTES = ("<V2", "|V2")
 
 EXTENSIONS: Mapping[str, np.dtype[Any]] = {
     name: np.dtype(getattr(ml_dtypes, name))
@@ -68,14 +69,18 @@ EXTENSIONS: Mapping[str, np.dtype[Any]] = {
 """Dtypes that NumPy cannot name, those that this ml_dtypes has."""
 
 
-def read_npz(source: ZipSource) -> dict[str, Tensor]:
-    """Every array of the file by its name, lazily, in the file's order."""
+def read_npz(source: ZipSource, raw: np.dtype[Any] | None = None) -> dict[str, Tensor]:
+    """Every array of the file by its name, lazily, in the file's order. `raw` is the dtype of two raw bytes, where one knows
+    it of whoever wrote the file."""
     extensions = _read_extensions(source)
     tensors: dict[str, Tensor] = {}
     for member in source.members:
         name = _array_name(source, member)
         if name != DTYPES_MEMBER:
-            tensors[name] = _read_array(source, member, extensions.pop(name, None))
+            extension = extensions.pop(name, None)
+            if extension is None and raw is not None and _read_header(source, member).descr in _TWO_BYTES:
+                extension = raw
+            tensors[name] = _read_array(source, member, extension)
     if extensions:
         _refuse(source, f"a dtype for {next(iter(extensions))!r}", "dtypes of arrays that are there")
     return tensors
@@ -134,18 +139,37 @@ def _refuse(source: ZipSource, found: str, expected: str, do: str = "") -> NoRet
     raise BadFile(Problem(str(source.file.path), found, expected, do))
 
 
-def write_npz(out: BinaryIO, tensors: Iterable[tuple[str, Tensor]], comment: bytes = b"") -> None:
+def is_of_mlx(source: ZipSource) -> bool:
+    """True if MLX wrote every array: its headers have a comma behind each size, and none behind the shape."""
+    ends = [_header_text(source, member).rstrip() for member in source.members if member.endswith(".npy")]
+    return any(end.endswith(b", )}") for end in ends) and all(end.endswith((b", )}", b"()}")) for end in ends)
+
+
+def _header_text(source: ZipSource, member: str) -> bytes:
+    text = bytearray(_read_header(source, member).length)
+    source.open(member).read_into(0, memoryview(text))
+    return bytes(text)
+
+
+def write_npz(
+    out: BinaryIO, tensors: Iterable[tuple[str, Tensor]], comment: bytes = b"", *, as_mlx: bool = False
+) -> None:
     """Write arrays in the order given. The same tensors give the same bytes; elements lie at multiples of 64.
 
-    `comment` becomes the zip's comment, which numpy does not look at.
+    `comment` becomes the zip's comment, which numpy does not look at. With `as_mlx` headers are as MLX writes them, by
+    which its files are known, and two raw bytes are bfloat16 without further words.
     """
     named = list(tensors)
+    if as_mlx:
+        raise_all(Refused, _unwritable(named, ""))
+        write_zip(out, (_new_member(name, tensor, _mlx_header(tensor)) for name, tensor in named), comment)
+        return
     extensions = {name: tensor.dtype.name for name, tensor in named if tensor.dtype.name in EXTENSIONS}
     if extensions:
         text = json.dumps(extensions, sort_keys=True, separators=(",", ":")).encode()
         named.append((DTYPES_MEMBER, from_array(np.frombuffer(text, np.uint8))))
     raise_all(Refused, _unwritable(named, DTYPES_MEMBER if extensions else ""))
-    write_zip(out, (_new_member(name, tensor) for name, tensor in named), comment)
+    write_zip(out, (_new_member(name, tensor, _header(tensor)) for name, tensor in named), comment)
 
 
 def _unwritable(named: Iterable[tuple[str, Tensor]], reserved: str) -> Iterator[Problem]:
@@ -160,28 +184,41 @@ def _unwritable(named: Iterable[tuple[str, Tensor]], reserved: str) -> Iterator[
             yield Problem(name, f"dtype {tensor.dtype}", "numbers that .npz can hold")
 
 
-def _new_member(name: str, tensor: Tensor) -> NewMember:
-    header = _header(tensor)
+def _new_member(name: str, tensor: Tensor, header: bytes) -> NewMember:
     chunks: Iterable[Chunk] = itertools.chain([header], element_bytes(tensor))
     return NewMember(f"{name}.npy", len(header) + tensor.nbytes, chunks, _ALIGNMENT)
 
 
 def _header(tensor: Tensor) -> bytes:
+    return _packed(repr({"descr": _descr(tensor), "fortran_order": False, "shape": tuple(tensor.shape)}))
+
+
+def _mlx_header(tensor: Tensor) -> bytes:
+    shape = "".join(f"{n}, " for n in tensor.shape)
+    return _packed(f"{{'descr': '{_descr(tensor)}', 'fortran_order': False, 'shape': ({shape})}}")
+
+
+def _descr(tensor: Tensor) -> str:
     item = tensor.dtype.itemsize
     one = "|" if item == 1 else "<"
-    descr = f"{one}V{item}" if tensor.dtype.name in EXTENSIONS else tensor.dtype.newbyteorder("<").str
-    text = repr({"descr": descr, "fortran_order": False, "shape": tuple(tensor.shape)}).encode("ascii")
+    return f"{one}V{item}" if tensor.dtype.name in EXTENSIONS else tensor.dtype.newbyteorder("<").str
+
+
+def _packed(header: str) -> bytes:
+    text = header.encode("ascii")
     fill = -(len(text) + 11) % _ALIGNMENT
     text += b" " * fill + b"\n"
     return MAGIC + b"\x01\x00" + struct.pack("<H", len(text)) + text
 
 
-def replace_arrays(source: ZipSource, out: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
+def replace_arrays(
+    source: ZipSource, out: BinaryIO, tensors: Mapping[str, Tensor], raw: np.dtype[Any] | None = None
+) -> None:
     """Write a copy of the file in which the arrays named have other elements of the same shape and dtype.
 
-    Headers stay, and so do Fortran order, byte order and compression.
+    Headers stay, and so do Fortran order, byte order and compression. `raw` as for `read_npz`.
     """
-    arrays = read_npz(source)
+    arrays = read_npz(source, raw)
     raise_all(Refused, _misfits(source, arrays, tensors))
     new: dict[str, tuple[int, Iterable[Chunk]]] = {}
     for name, tensor in tensors.items():

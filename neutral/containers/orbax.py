@@ -43,12 +43,14 @@ from neutral.containers.orbax_metadata import (
 from neutral.containers.tree import DTYPES, Path, PyTree, dotted, grouped, in_order, misfits
 from neutral.containers.zarr import Source, Store, ZarrArray, read_array
 from neutral.containers.zarr_writing import rewrite_chunks, write_array
-from neutral.errors import BadFile, Problem, Refused, raise_all
+from neutral.errors import BadFile, Problem, Refused, Unsupported, raise_all
 from neutral.native import Tensor, from_array
 
 _MOST_CHILDREN = 10_000
 _MOST_LEAVES = 1 << 18
 _UNFINISHED = ".orbax-checkpoint-tmp"
+_AGGREGATE = "checkpoint"
+"""A msgpack file in which Orbax once kept values beside the arrays."""
 
 
 def holds_checkpoint(folder: FilePath) -> bool:
@@ -158,6 +160,9 @@ class _Checkpoint:
                 if leads_outside(item.name) or "\0" in item.name:
                     raise BadFile(Problem(f"{where}: {item.name}", "a name that leads elsewhere", "one in the folder"))
                 array = read_array(self._store, item.name, source)
+                if array is None and self.folder.size(_AGGREGATE) is not None:
+                    found = f"a value that may be in the file {_AGGREGATE!r}, as in Orbax of 2023"
+                    raise Unsupported(Problem(f"{where}: {item.name}", found, "an array", "save it with a newer Orbax"))
                 if array is None:
                     raise BadFile(Problem(f"{where}: {item.name}", "no array", "that of the leaf", "get it again"))
                 self.arrays[path] = array

@@ -104,11 +104,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """A file's header: its entries in the order of the JSON text, and where the elements begin."""
+    """A file's header: its entries in the order of the JSON text, and where the elements begin.
+
+    `style` tells other writers than the format's own library: `null` one that writes that for no metadata, as MLX does;
+    `sorted` one that writes the fields of an entry in alphabetical order, as MLX does, too.
+    """
 
     entries: tuple[Entry, ...]
     metadata: Mapping[str, str]
     data_offset: int
+    style: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,7 @@ class TensorSet:
     """The tensors of a file, or of all the shards of an index, in order.
 
     `shards` maps file names to the names of their tensors; `index` is the index file, or None for a single file.
+    `style` is that of the headers, if all have the same.
     """
 
     tensors: Mapping[str, Tensor]
@@ -123,6 +129,7 @@ class TensorSet:
     shards: Mapping[Path, tuple[str, ...]]
     index: Path | None
     files: tuple[SourceFile, ...]
+    style: str = ""
 
     def close(self) -> None:
         for file in self.files:
@@ -154,7 +161,7 @@ def _open_file(path: Path) -> TensorSet:
     file = SourceFile(path)
     header = read_header(file)
     tensors = {entry.name: stored(file, entry) for entry in header.entries}
-    return TensorSet(tensors, header.metadata, {path: tuple(tensors)}, None, (file,))
+    return TensorSet(tensors, header.metadata, {path: tuple(tensors)}, None, (file,), header.style)
 
 
 def _open_shards(path: Path) -> TensorSet:
@@ -164,6 +171,7 @@ def _open_shards(path: Path) -> TensorSet:
     shards: dict[Path, tuple[str, ...]] = {}
     metadata: dict[str, str] = {}
     files: list[SourceFile] = []
+    styles: set[str] = set()
     for shard in dict.fromkeys(weight_map.values()):
         file = SourceFile(shard_path(path, shard))
         files.append(file)
@@ -182,8 +190,10 @@ def _open_shards(path: Path) -> TensorSet:
         tensors.update({entry.name: stored(file, entry) for entry in header.entries})
         shards[file.path] = tuple(entry.name for entry in header.entries)
         metadata |= header.metadata
+        styles.add(header.style)
     raise_all(BadFile, problems[:20])
-    return TensorSet({name: tensors[name] for name in weight_map}, metadata, shards, path, tuple(files))
+    style = styles.pop() if len(styles) == 1 else ""
+    return TensorSet({name: tensors[name] for name in weight_map}, metadata, shards, path, tuple(files), style)
 
 
 def _in_folder(folder: Path) -> Path:
@@ -266,6 +276,7 @@ class _Scanner:
     def __init__(self, file: SourceFile, text: str, data_offset: int) -> None:
         self._file, self._text, self._data_offset = file, text, data_offset
         self._at = 0
+        self._style = ""
 
     def header(self) -> Header:
         entries: dict[str, Entry] = {}
@@ -287,7 +298,7 @@ class _Scanner:
         if self._text[self._at :].strip(" \t\n\r"):
             self._fail(f"{self._excerpt()!r} behind the header", "nothing but white space")
         self._check_cover(entries.values())
-        return Header(tuple(entries.values()), metadata or {}, self._data_offset)
+        return Header(tuple(entries.values()), metadata or {}, self._data_offset, self._style)
 
     def _keys(self) -> Iterator[str]:
         """The keys of the object that begins here; whoever takes a key then reads its value."""
@@ -304,6 +315,10 @@ class _Scanner:
 
     def _metadata(self) -> dict[str, str]:
         found: dict[str, str] = {}
+        if self._text.startswith("null", self._at):
+            self._at += len("null")
+            self._style = "null"
+            return found
         for key in self._keys():
             if key in found:
                 self._fail(f"metadata {key!r} twice", "it once")
@@ -321,6 +336,8 @@ class _Scanner:
             if key in fields or (text is None) is (key == "dtype"):
                 self._fail(f"tensor {name!r} with a wrong {key}", "dtype, shape and data_offsets, each once")
             fields[key] = text if numbers is None else numbers
+        if list(fields) == ["data_offsets", "dtype", "shape"] and not self._style:
+            self._style = "sorted"
         if len(fields) != 3:
             self._fail(f"tensor {name!r} with {', '.join(fields)} alone", "dtype, shape and data_offsets")
         shape, offsets = self._sizes(name, fields["shape"]), self._sizes(name, fields["data_offsets"])

@@ -44,12 +44,12 @@ def separator_of(names: Iterable[str]) -> str:
 
 
 def full_name(path: Sequence[str]) -> str:
-    """A leaf's full name. A slash within a key is written ~1, a tilde ~0.
+    """A leaf's full name. A slash within a key is written ~1, a tilde ~0, and what stands before the number of a slice ~2.
 
     >>> full_name(("params", "WeightNorm_0", "Dense_0/kernel/scale"))
     'params/WeightNorm_0/Dense_0~1kernel~1scale'
     """
-    return "/".join(key.replace("~", "~0").replace("/", "~1") for key in path)
+    return "/".join(key.replace("~", "~0").replace("/", "~1").replace("#", "~2") for key in path)
 
 
 LSTM_GATES = ("ii", "if", "ig", "io", "hi", "hf", "hg", "ho")
@@ -379,11 +379,14 @@ FORMS = (
 )
 
 
+_LIFTED = ("", "Checkpoint", "Remat", "Jit")
+"""What transformations that keep a layer's tensors as they are put in front of its class."""
+
 FLAX = Convention(
     framework="flax",
     forms=FORMS,
     flatten="position channel",
     build=einsum_forms,
     deciding=_deciding,
-    auto_names={cls: cls for form in FORMS for cls in form.classes},
+    auto_names={f"{lifted}{cls}": cls for form in FORMS for cls in form.classes for lifted in _LIFTED},
 )

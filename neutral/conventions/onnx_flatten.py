@@ -100,7 +100,7 @@ def follow(scope: Scope, layers: Mapping[int, Used], adds: frozenset[int]) -> Cr
             seen = _through_layer(layers[id(node)], ins[0] if ins else Seen(UNKNOWN), found)
         elif id(node) in adds:
             seen = ins[0] if ins else Seen(UNKNOWN)
-        elif not ins:
+        elif not ins or not node.outputs:
             continue
         else:
             seen = _RULES.get(node.op_type if not node.domain else "", _other)(scope, node, ins, found)
@@ -273,7 +273,8 @@ def _keeps_batch(target: Numbers, whole: Numbers | None) -> bool:
 
 def _same_size(target: Numbers, whole: Numbers | None, axis: int) -> bool:
     """True if an axis keeps its size for certain: by a zero, by a number, or as all others are known to."""
-    if target[axis] == 0 or (whole is not None and target[axis] == whole[axis] and target[axis] is not None):
+    same = whole is not None and axis < len(whole)
+    if target[axis] == 0 or (whole is not None and same and target[axis] == whole[axis] and target[axis] is not None):
         return True
     # The size of the batch was looked up: nothing else is written so.
     return target[axis] is None and all(n is not None for i, n in enumerate(target) if i != axis)

@@ -33,8 +33,14 @@ class Scope:
     users: dict[str, list[NodeProto]] = field(default_factory=dict)
     _constants: dict[str, Expression | None] = field(default_factory=dict)
     _numbers: dict[str, Numbers | None] = field(default_factory=dict)
+    _shapes: dict[str, tuple[int | str | None, ...]] = field(default_factory=dict)
+    _given_out: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        self._given_out = {info.name for info in self.graph.outputs}
+        for info in (*self.graph.outputs, *self.graph.inputs, *self.graph.value_infos.values()):
+            if info.shape is not None:
+                self._shapes[info.name] = info.shape
         for node in self.graph.nodes:
             for value in node.outputs:
                 if value:
@@ -118,7 +124,7 @@ class Scope:
         return None
 
     def _sliced(self, node: NodeProto, base: Expression) -> Expression | None:
-        if len(node.inputs) < 2:
+        if len(node.inputs) < 3:
             starts, stops, axes = (_ints(node, name) for name in ("starts", "ends", "axes"))
             steps: Numbers | None = None
         else:
@@ -172,7 +178,7 @@ class Scope:
         if node.op_type == "Constant":
             single = node.attributes.get("value_int")
             return (single,) if type(single) is int else _ints(node, "value_ints")
-        if node.op_type == "Shape":
+        if node.op_type == "Shape" and node.inputs:
             shape = self.shape_of(node.inputs[0])
             end = node.attributes.get("end")
             return None if shape is None else shape[_int(node, "start", 0) : end if type(end) is int else None]
@@ -208,9 +214,9 @@ class Scope:
         stored = self.constant(value)
         if stored is not None:
             return stored.shape
-        for info in (self.graph.value_infos.get(value), *self.graph.inputs, *self.graph.outputs):
-            if info is not None and info.name == value and info.shape is not None:
-                return tuple(n if type(n) is int else None for n in info.shape)
+        told = self._shapes.get(value)
+        if told is not None:
+            return tuple(n if type(n) is int else None for n in told)
         if self.parent is not None and value not in self.makers:
             return self.parent.shape_of(value)
         return None
@@ -246,7 +252,7 @@ class Scope:
     def only_user(self, value: str) -> NodeProto | None:
         """The one node that uses a value, if there is just one and the graph does not give the value away."""
         users = self.users.get(value, [])
-        if len(users) != 1 or any(info.name == value for info in self.graph.outputs):
+        if len(users) != 1 or value in self._given_out:
             return None
         return users[0] if users[0].inputs.count(value) == 1 else None
 
@@ -267,6 +273,8 @@ def _numbers_of(expression: Expression) -> Numbers | None:
 
 def _cut_numbers(numbers: Numbers | None, parts: list[Numbers | None]) -> Numbers | None:
     """A Slice of a list: one start and one end, steps of one."""
+    if len(parts) < 3:
+        return None
     start, stop = parts[1], parts[2]
     rest = [part for part in parts[3:] if part not in ((0,), (-1,))] if len(parts) > 3 else []
     if start is None or stop is None or len(start) != 1 or len(stop) != 1 or any(part != (1,) for part in rest):

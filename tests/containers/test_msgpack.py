@@ -251,7 +251,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
 
 def test_mutations_never_crash(tmp_path: Path) -> None:
     good = flax.serialization.msgpack_serialize({"a": {"w": np.ones((2, 2)), "step": 70000}, "b": ["text", 1j]})
-    for _ in range(3000):
+    for _ in range(500):
         raw = bytearray(good)
         for _ in range(RANDOM.integers(1, 4)):
             raw[RANDOM.integers(len(raw))] = RANDOM.integers(256)

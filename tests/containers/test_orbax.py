@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -17,7 +19,7 @@ import tensorstore
 
 from neutral.containers.orbax import checkpoints
 from neutral.containers.pytree import read_orbax, replace_orbax, split_key, write_orbax
-from neutral.errors import BadFile, Refused
+from neutral.errors import BadFile, Refused, Unsupported
 from neutral.native import Stored, from_array
 
 RANDOM = np.random.default_rng(0)
@@ -310,6 +312,18 @@ def test_a_key_names_a_checkpoint_and_what_is_in_it(tmp_path: Path) -> None:
     (tmp_path / "run" / "200").mkdir()
     write_orbax(one, {}, tmp_path / "run" / "200" / "default")
     assert split_key(tmp_path / "run", "ema") == ("ema", None)
+
+
+def test_values_in_a_file_of_their_own_are_not_read(tmp_path: Path) -> None:
+    """Orbax of 2023 kept small values in a msgpack file, beside which nothing is there of them."""
+    write_orbax({("a",): from_array(np.ones(2)), ("b",): from_array(np.ones(2))}, {}, tmp_path / "x")
+    tree = {"a": np.ones(2), "b": "PLACEHOLDER://b"}
+    shutil.rmtree(tmp_path / "x" / "a")
+    with pytest.raises(BadFile, match="no array"):
+        read_orbax(tmp_path / "x")
+    (tmp_path / "x" / "checkpoint").write_bytes(flax.serialization.msgpack_serialize(tree))
+    with pytest.raises(Unsupported, match="2023"):
+        read_orbax(tmp_path / "x")
 
 
 def test_writing_refuses(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ GOOD = json.dumps(_entry())
         ({"__metadata__": {"a": 1}}, b"", "a string"),
         ({"__metadata__": {"a": {}}}, b"", "a string"),
         ({"__metadata__": []}, b"", "an object"),
-        ({"__metadata__": None}, b"", "an object"),
+        ('{"__metadata__":nul}', b"", "an object"),
         ({"a": _entry(), "b": _entry(offsets=(4, 12))}, bytes(12), "overlap"),
         ({"a": _entry(), "b": _entry()}, bytes(8), "overlap"),
         ({"a": _entry(), "b": _entry(offsets=(12, 20))}, bytes(20), "gap"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import neutral
 from neutral.canon import read_layers
 from neutral.conventions.tfjs import TFJS
 from neutral.errors import BadFile, WrongUsage
@@ -259,3 +260,22 @@ def test_a_model_without_weights_is_refused(tmp_path: Path) -> None:
 def test_there_is_one_set_of_weights(tmp_path: Path) -> None:
     with pytest.raises(WrongUsage, match="one set"):
         read(tmp_path, key="ema")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("dilation_rate", {"a": 1}), ("strides", ["x", 1]), ("dilation_rate", [None, 1])],
+)
+def test_settings_of_any_type_are_refused_in_one_line(setting: str, value: object, tmp_path: Path) -> None:
+    settings = {"filters": 4, "kernel_size": [3, 2], "strides": [1, 1], "batch_input_shape": [None, 9, 7, 3]}
+    conv = layer("Conv2D", "c", **{**settings, setting: value})
+    source = save(tmp_path / "m", sequential(conv), weights(c__kernel=(3, 2, 3, 4), c__bias=(4,)))
+    with pytest.raises(BadFile, match="make no sense"):
+        neutral.export_model(source, tmp_path / "m.nwt")
+
+
+def test_attributes_of_another_type_are_refused_in_one_line(tmp_path: Path) -> None:
+    entry = layer("BatchNormalization", "n", axis=-1, epsilon=True, **INPUT)
+    arrays = weights(n__gamma=(3,), n__beta=(3,), n__moving_mean=(3,), n__moving_variance=(3,))
+    with pytest.raises(BadFile, match="eps that makes no sense"):
+        neutral.export_model(save(tmp_path / "m", sequential(entry), arrays), tmp_path / "m.nwt")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.columns import model_of
-from tests.crossing import CLOSE, Column, Crossed, cross
+from tests.crossing import Column, Crossed, cross
 from tests.measure import unwritable
 from tests.oracle.process import Worker
 from tests.zoo import Model, cases
@@ -59,7 +59,7 @@ def crossings(name: str, equal: bool, other: str, workers: dict[str, Worker], fo
     fmt = {"torch": "module", "keras": "keras"}[other]
     fmt = "state" if fmt in unwritable(case) else fmt
     ways = cross(case, PADDLE, other, fmt, workers, folder, equal)
-    bad = [str(way) for way in ways if not excused(name, equal, way) and (way.apart is None or not way.apart < CLOSE)]
+    bad = [str(way) for way in ways if not excused(name, equal, way) and not way.right(case)]
     assert not bad, "\n".join(bad)
 
 
