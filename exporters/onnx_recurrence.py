@@ -184,10 +184,11 @@ def _states(b: Builder, ways: int, batch_first: bool) -> list[Flow]:
 
 def _is_zero(b: Builder, name: str) -> bool:
     """True for states of nothing but zeros, which the graph makes or an exporter has stored."""
-    stored = b.scope.constant(name)
-    if stored is None or math.prod(stored.shape) > _LARGEST_STATE:
-        return b.scope.zero(name)
-    return not forward(stored).read().any()
+    if name not in b.zeros:
+        stored = b.scope.constant(name)
+        small = stored is not None and math.prod(stored.shape) <= _LARGEST_STATE
+        b.zeros[name] = not forward(stored).read().any() if stored is not None and small else b.scope.zero(name)
+    return b.zeros[name]
 
 
 def _unlifted(b: Builder, name: str, ways: int, batch_first: bool) -> Sequence[Flow]:
