@@ -120,6 +120,25 @@ def test_a_file_that_is_not_there(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", [["check"], ["import", "--to", "torch"]])
+def test_a_folder_in_the_place_of_an_archive(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *options = command
+    assert ".nwt.index.json" in failing([name, tmp_path, *options], capsys, 1)
+    (tmp_path / "model.json").write_text('{"modelTopology": null, "weightsManifest": []}')
+    said = failing([name, tmp_path, *options], capsys, 1)
+    assert "a tfjs folder (layers-model)" in said and "neutral export" in said
+
+
+@pytest.mark.parametrize("framework", ["flax", "tfjs", "torch"])
+def test_a_suffix_that_a_framework_does_not_write(
+    framework: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = failing(["convert", model, tmp_path / "out.caffe", "--to", framework], capsys, 2)
+    assert ".caffe" in said and said.endswith("choose another suffix")
+
+
 def test_export_import_and_back(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     archive = tmp_path / "model.nwt"
     assert main(["export", str(model)]) == 0
