@@ -26,6 +26,7 @@ from neutral.containers.eqx import is_eqx
 from neutral.containers.files import SourceFile
 from neutral.containers.npz import is_of_mlx
 from neutral.containers.orbax import holds_checkpoint
+from neutral.containers.orbax_aggregate import is_aggregate
 from neutral.containers.paddle_file import holds_tables
 from neutral.containers.protobuf import BYTES, VARINT, FileReader
 from neutral.containers.torch_program import holds_program
@@ -220,7 +221,8 @@ def _maps_to_hdf5(weight_map: object) -> bool:
 def tensorflow(probe: Probe) -> str | None:
     if probe.has("saved_model.pb"):
         return "savedmodel"
-    return "checkpoint" if probe.container == "sstable" or probe.has("checkpoint") else None
+    pointer = probe.has("checkpoint") and not is_aggregate(probe.path / "checkpoint")
+    return "checkpoint" if probe.container == "sstable" or pointer else None
 
 
 def numpy(probe: Probe) -> str | None:
