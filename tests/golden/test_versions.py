@@ -77,6 +77,7 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
 
 WEIGHTS = (
     "msgpack",
+    "checkpoints.zip",
     "zarr.zip",
     "ocdbt.zip",
     "weights.h5",

@@ -58,6 +58,16 @@ def randomized(tree, path=""):
     return jnp.asarray(values(path, tree.shape))
 
 
+def checkpoints(goal, tree):
+    """Flax's own checkpoints, which Orbax wrote: the whole tree in one file of a folder."""
+    flax.config.update("flax_use_orbax_checkpointing", True)
+    from flax.training.checkpoints import save_checkpoint
+
+    shutil.rmtree(goal, ignore_errors=True)
+    save_checkpoint(goal, tree, step=3)
+    packed(goal)
+
+
 def main(here):
     path, outputs, trees = folder(here, "flax", VERSION), {}, {}
     for name, model in (("image", Image()), ("text", Text()), ("attention", Attention())):
@@ -67,6 +77,9 @@ def main(here):
         with open(os.path.join(path, name + ".msgpack"), "wb") as file:
             file.write(serialization.to_bytes(variables))
     record(path, outputs)
+    if VERSION < "0.7":
+        for name, tree in trees.items():
+            checkpoints(os.path.abspath(os.path.join(path, name + ".checkpoints")), tree)
     try:
         import orbax.checkpoint as ocp
     except ImportError:
