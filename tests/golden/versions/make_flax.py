@@ -23,7 +23,11 @@ def cell(cls, features):
 
 
 def rnn(cls, features, name):
-    return nn.RNN(cell(cls, features), cell_size=features, name=name) if OLD_CELLS else nn.RNN(cell(cls, features), name=name)
+    return (
+        nn.RNN(cell(cls, features), cell_size=features, name=name)
+        if OLD_CELLS
+        else nn.RNN(cell(cls, features), name=name)
+    )
 
 
 class Image(nn.Module):
@@ -97,7 +101,9 @@ def main(here):
                     continue
                 handler = ocp.PyTreeCheckpointHandler()
             ocp.Checkpointer(handler).save(goal, tree)
-            if way == "ocdbt" and not os.path.exists(os.path.join(goal, "manifest.ocdbt")):  # it does not heed the setting
+            if way == "ocdbt" and not os.path.exists(
+                os.path.join(goal, "manifest.ocdbt")
+            ):  # it does not heed the setting
                 shutil.rmtree(goal)
                 continue
             packed(goal)

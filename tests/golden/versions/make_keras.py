@@ -47,12 +47,16 @@ def attention():
     return keras.Model(x, L.MultiHeadAttention(2, 3, name="attention")(y, y), name="attention_model")
 
 
-
 def main(here):
     path, outputs = folder(here, sys.argv[2].split(".")[-1], VERSION), {}
     for name, model in (("image", image()), ("text", text()), ("attention", attention())):
         for layer in model.layers:
-            layer.set_weights([values(f"{layer.name}/{i}{'/var' if layer.name == 'norm' and i == 3 else ''}", w.shape) for i, w in enumerate(layer.get_weights())])
+            layer.set_weights(
+                [
+                    values(f"{layer.name}/{i}{'/var' if layer.name == 'norm' and i == 3 else ''}", w.shape)
+                    for i, w in enumerate(layer.get_weights())
+                ]
+            )
         outputs[name] = np.asarray(model(inputs(name)))
         suffixes = ("h5",) if VERSION.startswith("2.8") else ("h5", "keras", "weights.h5")
         for suffix in suffixes:

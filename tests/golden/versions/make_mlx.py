@@ -64,7 +64,14 @@ def main(here):
         model = make()
         if name == "image" and "up" not in model:
             name = "plain-image"
-        model.update(tree_unflatten([(key, mx.array(values(key.replace("_var", "/var"), x.shape))) for key, x in tree_flatten(model.parameters())]))
+        model.update(
+            tree_unflatten(
+                [
+                    (key, mx.array(values(key.replace("_var", "/var"), x.shape)))
+                    for key, x in tree_flatten(model.parameters())
+                ]
+            )
+        )
         model.eval()
         outputs[name] = np.array(model(mx.array(inputs(name))))
         weights = dict(tree_flatten(model.parameters()))

@@ -50,12 +50,24 @@ def image(opset):
     x = w.node("Conv", "x", w.weight("conv.weight", 3, 2, 3, 2), w.weight("conv.bias", 3), kernel_shape=[3, 2])
     norm = [w.weight("norm." + n, 3) for n in ("weight", "bias", "running_mean", "running_var")]
     x = w.node("Relu", w.node("BatchNormalization", x, *norm, epsilon=1e-3))
-    x = w.node("ConvTranspose", x, w.weight("up.weight", 3, 4, 2, 3), w.weight("up.bias", 4), kernel_shape=[2, 3], strides=[2, 2])
+    x = w.node(
+        "ConvTranspose",
+        x,
+        w.weight("up.weight", 3, 4, 2, 3),
+        w.weight("up.bias", 4),
+        kernel_shape=[2, 3],
+        strides=[2, 2],
+    )
     x = w.node("Flatten", x)
     if opset % 2:
         x = w.node("Gemm", x, w.weight("dense.weight", 5, 144), w.weight("dense.bias", 5), out="y", transB=1)
     else:
-        x = w.node("Add", w.node("MatMul", x, w.constant("dense.weight", values("dense.weight", (5, 144)).T)), w.weight("dense.bias", 5), out="y")
+        x = w.node(
+            "Add",
+            w.node("MatMul", x, w.constant("dense.weight", values("dense.weight", (5, 144)).T)),
+            w.weight("dense.bias", 5),
+            out="y",
+        )
     return w.model(opset, io("x", TensorProto.FLOAT, 2, 2, 4, 5), io("y", TensorProto.FLOAT, 2, 5))
 
 

@@ -83,7 +83,9 @@ def main(here):
         twin = load_flax_weights_in_pytorch_model(in_torch(CONFIGS[name]), model.params).eval()
         y = np.asarray(model(**arguments(name, jnp.asarray))[0])
         with torch.no_grad():
-            theirs = twin(**arguments(name, lambda x: torch.from_numpy(x).long() if x.dtype == np.int32 else torch.from_numpy(x)))[0].numpy()
+            theirs = twin(
+                **arguments(name, lambda x: torch.from_numpy(x).long() if x.dtype == np.int32 else torch.from_numpy(x))
+            )[0].numpy()
         assert np.abs(y - theirs).max() < 1e-5 * max(1, np.abs(y).max()), name
         outputs[name] = y
         with open(os.path.join(path, name + ".msgpack"), "wb") as file:
