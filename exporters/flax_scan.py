@@ -24,7 +24,8 @@ from neutral.native import NativeLayer, NativeTensor, Tensor
 
 _STACKED: Final = re.compile(r"(Scan|Vmap)\w*_\d+")
 _AXES: Final = (0, 1, -1)
-_MOST: Final = 10_000
+_MOST: Final = 1 << 18
+"""Tensors that the layers of a stack can have."""
 
 Weights = Mapping[Path, NativeTensor]
 Grouped = Callable[[Weights], tuple[NativeLayer, ...]]
@@ -64,7 +65,7 @@ def _axis(members: Weights, depth: int, grouped: Grouped | None) -> int | None:
         if any(len(shape) < (2 if axis == 1 else 1) for shape in shapes):
             continue
         sizes = {shape[axis] for shape in shapes}
-        if len(sizes) == 1 and 0 < max(sizes) <= _MOST and _named_rightly(members, depth, axis, grouped):
+        if len(sizes) == 1 and 0 < max(sizes) * len(members) <= _MOST and _named_rightly(members, depth, axis, grouped):
             fit.setdefault(tuple(axis % len(shape) for shape in shapes), axis)
     return next(iter(fit.values())) if len(fit) == 1 else None
 

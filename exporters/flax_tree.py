@@ -200,7 +200,8 @@ def _weight_set(
     for path, data in leaves.items():
         relative = _relative(path, chosen)
         if relative is None:
-            name = next((n for place, n in others.items() if path[: len(place)] == place), path[0] if path else "")
+            above = (others[path[:n]] for n in range(1, len(path)) if path[:n] in others)
+            name = next(above, path[0] if path else "")
             rest.setdefault(name, []).append(NativeTensor(full_name(path), data))
         elif relative in weights:
             problems.append(
@@ -255,6 +256,7 @@ def grouped(weights: Mapping[Path, NativeTensor]) -> tuple[NativeLayer, ...]:
     return tuple(NativeLayer(".".join(path), None, tensors) for path, tensors in made.items())
 
 
+_CELL_PARTS: Final = frozenset(frozenset(cell) for cell in CELLS)
 _OF_A_KERNEL: Final = re.compile(r"(.+)/kernel/scale")
 
 
@@ -276,7 +278,7 @@ def _normalised(path: Path, tree: _Tree) -> Path:
 
 @dataclass(frozen=True)
 class _Tree:
-    """The names below each node, and the rank of each leaf."""
+    """The names below each node (but for the streams of random numbers), and the rank of each leaf."""
 
     below: Mapping[Path, frozenset[str]]
     ranks: Mapping[Path, int]
@@ -286,7 +288,8 @@ class _Tree:
         below: dict[Path, set[str]] = {}
         for path in weights:
             for i, name in enumerate(path):
-                below.setdefault(path[:i], set()).add(name)
+                if name != "rngs":
+                    below.setdefault(path[:i], set()).add(name)
         ranks = {path: len(tensor.data.shape) for path, tensor in weights.items()}
         return cls({path: frozenset(names) for path, names in below.items()}, ranks)
 
@@ -305,11 +308,11 @@ class _Tree:
         return len(path) - 1
 
     def _names(self, node: Path) -> frozenset[str]:
-        return self.below.get(node, frozenset()) - {"rngs"}
+        return self.below.get(node, frozenset())
 
     def _is_cell(self, node: Path) -> bool:
         names = self._names(node)
-        return any(names == frozenset(cell) for cell in CELLS) and all(
+        return names in _CELL_PARTS and all(
             self._names((*node, name)) <= {"kernel", "bias"} and self.ranks.get((*node, name, "kernel")) == 2
             for name in names
         )

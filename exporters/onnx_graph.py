@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from neutral.containers.onnx import ModelProto, NodeProto, named_tensors
+from neutral.containers.onnx import ModelProto, NodeProto, ValueInfo, named_tensors
 from neutral.conventions.onnx import RECURRENT
 from neutral.conventions.onnx_layers import FoundLayer, FoundLayers
 from neutral.conventions.onnx_scope import Scope, subgraphs
@@ -76,7 +76,7 @@ class _Walk:
 
     def graph(self) -> Graph:
         b, parsed = self.builder, self.scope.graph
-        inputs = [self._input(info.name) for info in parsed.inputs if info.name not in parsed.initializers]
+        inputs = [self._input(info) for info in parsed.inputs if info.name not in parsed.initializers]
         if not inputs:
             raise Inexpressible("no input")
         live = self._live()
@@ -86,10 +86,11 @@ class _Walk:
         outputs = [self._output(info.name, inputs) for info in parsed.outputs]
         return b.finished(inputs, outputs)
 
-    def _input(self, name: str) -> str:
-        b = self.builder
-        info = next(info for info in self.scope.graph.inputs if info.name == name)
+    def _input(self, info: ValueInfo) -> str:
+        b, name = self.builder, info.name
         self.where = name
+        if name in b.flows:
+            raise Inexpressible("two values of one name")
         if not info.shape:
             raise Inexpressible("an input of a shape that is not known")
         sizes: Sizes = tuple(n if type(n) is int else None for n in info.shape)
@@ -131,6 +132,8 @@ class _Walk:
         self.where = node.name or next(iter(node.outputs), node.op_type)
         if node.domain or next(subgraphs(node), None) is not None:
             raise Inexpressible(f"the operator {printable(f'{node.domain}.{node.op_type}'.lstrip('.'), 60)}")
+        if any(name in b.flows for name in node.outputs):
+            raise Inexpressible("two values of one name")
         if self._aside(node):
             return
         placed = self.layers.get(id(node))

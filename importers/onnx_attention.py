@@ -21,8 +21,10 @@ def attention(c: Call) -> None:
     heads, groups = int(c.native.config["q_num_heads"]), int(c.native.config["kv_num_heads"])
     if len(c.axes()) != 3:
         raise c.refuse(f"a query of {len(c.axes())} axes", "batch, time and feature")
-    q = c.product(query, "query.W", "query.B", suffix="query")
-    k, v = (c.product(x, f"{role}.W", f"{role}.B", suffix=role) for x, role in ((key, "key"), (value, "value")))
+    q = c.product(query, c.weight("query.W"), "query.B", suffix="query")
+    k, v = (
+        c.product(x, c.weight(f"{role}.W"), f"{role}.B", suffix=role) for x, role in ((key, "key"), (value, "value"))
+    )
     k, v = (_with_extra(c, x, role) for x, role in ((k, "key"), (v, "value")))
     shared = heads != groups
     split = (groups, heads // groups) if shared else (heads,)
@@ -42,7 +44,7 @@ def attention(c: Call) -> None:
     made = c.emit("MatMul", [weights, v], suffix="attended")
     made = c.emit("Transpose", [made], suffix="attended.time", perm=[0, 1 + n, *range(1, 1 + n), 2 + n])
     made = c.emit("Reshape", [made, c.ints("attended.shape", 0, 0, -1)], suffix="attended.joined")
-    c.product(made, "output.W", "output.B", c.out, "output")
+    c.product(made, c.weight("output.W"), "output.B", c.out, "output")
 
 
 def _split(c: Call, x: str, heads: tuple[int, ...], perm: tuple[int, ...], suffix: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from neutral.containers.onnx_building import Attribute, Described
 from neutral.containers.onnx_building import Node as Written
 from neutral.errors import Problem, Refused
-from neutral.native import NativeLayer, Tensor
+from neutral.native import NativeLayer
 from neutral.schema.graph import Graph, Node, Scalar
 from neutral.schema.kinds import AnyLayer
 
@@ -34,11 +34,14 @@ class Builder:
         """The names of each layer's initializers, by their local names."""
         self.dtype = dtype
         self.nodes: list[Written] = []
-        self.initializers: dict[str, Tensor] = {}
+        self.turned: set[tuple[str, str]] = set()
+        """Weights (layer, local name) that are the transpose of their initializer, which is another layer's, too."""
+        self.transposed: dict[str, str] = {}
         self.constants: dict[str, Scalar] = {}
         """Numbers of the graph, which become tensors of the dtype that they meet."""
         self._taken = {name for names in weights.values() for name in names.values()}
         self._node_names: set[str] = set()
+        self._counts: dict[str, int] = {}
         self.names: dict[str, str] = {}
         self.dtypes: dict[str, str] = {}
         for value in (*graph.inputs, *graph.outputs, *graph.values):
@@ -50,19 +53,20 @@ class Builder:
 
     def fresh(self, name: str) -> str:
         """A name that no value has yet: this one, or this one with a number behind it."""
-        found, count = name, 1
-        while found in self._taken:
-            found, count = f"{name}_{count}", count + 1
-        self._taken.add(found)
+        return self._unlike(name, self._taken)
+
+    def _unlike(self, name: str, taken: set[str]) -> str:
+        found = name
+        while found in taken:
+            self._counts[name] = self._counts.get(name, 0) + 1
+            found = f"{name}_{self._counts[name]}"
+        taken.add(found)
         return found
 
     def add(
         self, op: str, inputs: Sequence[str], outputs: Sequence[str], name: str, attributes: Mapping[str, Attribute]
     ) -> None:
-        unique, count = name, 1
-        while unique in self._node_names:
-            unique, count = f"{name}_{count}", count + 1
-        self._node_names.add(unique)
+        unique = self._unlike(name, self._node_names)
         self.nodes.append(Written(op, tuple(inputs), tuple(outputs), dict(attributes), unique))
 
     def shape(self, value: str) -> tuple[int | None, ...]:
@@ -176,13 +180,19 @@ class Call:
 
     def weight(self, local: str) -> str:
         """The initializer of a local name, or nothing (an input that is left out) where the layer has none."""
-        return self.b.weights[self.node.layer or ""].get(local, "")
+        path = self.node.layer or ""
+        name = self.b.weights[path].get(local, "")
+        if (path, local) not in self.b.turned:
+            return name
+        if name not in self.b.transposed:
+            self.b.transposed[name] = self.emit("Transpose", [name], suffix="transpose", perm=[1, 0])
+        return self.b.transposed[name]
 
     def product(self, x: str, kernel: str, bias: str, into: str | None = None, suffix: str = "") -> str:
-        """x · kernel + bias over the last axis, the two being initializers of these local names."""
+        """x · kernel + bias over the last axis; the bias is an initializer of that local name, if the layer has it."""
         if not self.weight(bias):
-            return self.emit("MatMul", [x, self.weight(kernel)], into, suffix)
-        made = self.emit("MatMul", [x, self.weight(kernel)], None, suffix)
+            return self.emit("MatMul", [x, kernel], into, suffix)
+        made = self.emit("MatMul", [x, kernel], None, suffix)
         return self.emit("Add", [made, self.weight(bias)], into, ".".join(filter(None, (suffix, "add"))))
 
     def config(self, *names: str) -> dict[str, Any]:

@@ -48,9 +48,10 @@ def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = Fa
         if path not in used
     ]
     raise_all(Refused, problems)
-    names, weights = _initializers(layers, manifest)
-    builder = Builder(graph, names, _dtype(layers))
-    builder.initializers = weights
+    dtype = _dtype(layers)
+    names, weights, turned = _initializers(layers, manifest)
+    builder = Builder(graph, names, dtype)
+    builder.turned |= turned
     for node in graph.nodes:
         rule = OPERATORS.get(node.op)
         if rule is None or (node.layer is not None and node.layer not in layers):
@@ -101,28 +102,36 @@ def _dtype(layers: Mapping[str, NativeLayer]) -> str:
 
 def _initializers(
     layers: Mapping[str, NativeLayer], manifest: Manifest
-) -> tuple[dict[str, dict[str, str]], dict[str, Tensor]]:
-    """The name of each layer's initializers by their local names, and all initializers; tied tensors are one."""
+) -> tuple[dict[str, dict[str, str]], dict[str, Tensor], set[tuple[str, str]]]:
+    """The name of each layer's initializers by their local names, all initializers, and the weights (layer, local name) that
+    are the transpose of theirs. Tied tensors are one initializer."""
     names: dict[str, dict[str, str]] = {}
     weights: dict[str, Tensor] = {}
-    tied: dict[object, str] = {}
+    turned: set[tuple[str, str]] = set()
+    tied: dict[object, tuple[str, bool]] = {}
     source = _source_names(manifest)
     for path, layer in layers.items():
         own = names.setdefault(path, {})
         for local, tensor in layer.tensors.items():
             if tensor.state:
                 continue
-            key = (tensor.identity, tensor.data.shape) if tensor.identity is not None else object()
+            # A MatMul has its kernel the other way round than a Gemm or a table.
+            other = (layer.cls, local) == ("MatMul", "W")
+            stored = _stored(layer, tensor.data)
+            shape = stored.shape[::-1] if other else stored.shape
+            key = (tensor.identity, shape, stored.dtype) if tensor.identity is not None else object()
             if key not in tied:
                 usual = _NAMES.get(layer.cls or "", {}).get(local, local)
                 wanted = source.get((path, local)) or (f"{path}.{usual}" if path else usual)
                 name, count = wanted, 1
                 while name in weights:
                     name, count = f"{wanted}_{count}", count + 1
-                weights[name] = _stored(layer, tensor.data)
-                tied[key] = name
-            own[local] = tied[key]
-    return names, weights
+                weights[name] = stored
+                tied[key] = name, other
+            own[local] = tied[key][0]
+            if tied[key][1] != other:
+                turned.add((path, local))
+    return names, weights, turned
 
 
 def _stored(layer: NativeLayer, tensor: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def dense(c: Call) -> None:
         inputs = [c.x, c.weight("W"), *filter(None, [c.weight("B")])]
         c.emit("Gemm", inputs, c.out, **c.config("alpha", "beta", "transA", "transB"))
     else:
-        c.product(c.x, "W", "B", c.out)
+        c.product(c.x, c.weight("W"), "B", c.out)
 
 
 def _einsum(c: Call) -> None:
@@ -74,7 +74,7 @@ def _linear_einsum(c: Call) -> None:
     if any(n is None for n in made):
         raise c.refuse("an output of unknown size", "the sizes of the axes it makes")
     x = c.x if summed == 1 else c.emit("Reshape", [c.x, c.ints("joined", *(0,) * kept, -1)], suffix="join")
-    y = c.product(x, "W", "B")
+    y = c.product(x, c.weight("W"), "B")
     c.emit("Reshape", [y, c.ints("shape", *(0,) * kept, *made)], c.out, "split")  # type: ignore[arg-type]
 
 

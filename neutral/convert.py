@@ -110,6 +110,7 @@ def export_model(
             if (
                 where is not None
                 and not isinstance(source, Archive)
+                and format is None
                 and _is_archive(where)
                 and not kinds
                 and flatten is None

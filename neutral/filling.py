@@ -145,7 +145,7 @@ def _fill_layer(
         ]
         ready = []
         for layer, goal in zip(mine, layers, strict=True):
-            problems, remarks = differing_settings(layer, goal, alike, ends.wired)
+            problems, remarks = differing_settings(layer, _as_bound(goal, binding, native), alike, ends.wired)
             journey.problems += problems
             journey.warnings += remarks
             goal_told = native.path in ends.template.splits or goal.path in ends.template.splits
@@ -168,6 +168,15 @@ def _fill_layer(
     for local, tensor in written.tensors.items():
         journey.tensors[native.tensors[local].name] = tensor
     _fill_state(native, mine, journey)
+
+
+def _as_bound(goal: CanonicalLayer, binding: Binding, native: NativeLayer) -> CanonicalLayer:
+    """A layer of the template, if its partner told what it is with what its framework says of such a layer."""
+    if goal.kind != "unknown" or len(binding.parts) > 1:
+        return goal
+    bound = binding.parts[0]
+    told = {k: v for k, v in bound.part.attributes(native.config, bound.sizes).items() if v is not None}
+    return replace(goal, attributes={**told, **goal.attributes})
 
 
 def _fill_state(native: NativeLayer, layers: Sequence[CanonicalLayer], journey: Journey) -> None:

@@ -96,6 +96,7 @@ BUILT_IN: tuple[Framework, ...] = (
         extra="flax",
         signature=signatures.flax,
         live=signatures.live_flax,
+        by_name=True,
     ),
     Framework(
         name="equinox",
@@ -204,7 +205,7 @@ BUILT_IN: tuple[Framework, ...] = (
         packages=("mlx",),
         extra="mlx",
         signature=signatures.mlx,
-        live=instance_of(("mlx", "Module")),
+        live=signatures.live_mlx,
         chain=any_chain,
     ),
 )

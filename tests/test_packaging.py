@@ -12,6 +12,7 @@ import pytest
 
 import neutral
 from neutral import schema
+from neutral.frameworks import FRAMEWORKS
 from neutral.schema.manifest import json_schema
 
 ROOT = Path(__file__).parent.parent
@@ -73,7 +74,7 @@ def test_what_is_installed_is_what_is_pinned() -> None:
 def test_the_base_install_needs_no_framework() -> None:
     names = {normalized(line) for line in PROJECT["project"]["dependencies"]}
     assert names == {"numpy", "ml-dtypes", "safetensors", "pydantic", "h5py", "typer", "rich"}
-    assert set(EXTRAS) == {"torch", "keras", "tensorflow", "all", "dev"}
+    assert set(EXTRAS) == {*FRAMEWORKS.own} - {"numpy", "safetensors"} | {"all", "dev"}
 
 
 def test_version_and_changelog_agree() -> None:

@@ -4,7 +4,7 @@
 >>> image = Described("x", "float32", ("batch", 3))
 >>> file = Model((relu,), {}, (image,), (Described("y", "float32", ("batch", 3)),), opset=21)
 >>> len(_serialized_nodes(file)), dtype_number("bfloat16")
-(27, 16)
+(19, 16)
 
 A message of protobuf has at most 2 GB. Of a larger model the elements lie in a file beside it, `<name>.data`, each tensor
 from a whole page on.
@@ -29,7 +29,7 @@ from neutral.native import Tensor
 
 Attribute = int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | npt.NDArray[Any]
 
-_LARGEST = 2_000_000_000
+LARGEST = 2_000_000_000
 """Bytes of a file without a second one for the elements: protobuf reads less than 2 GiB."""
 _SMALL = 1024
 """Bytes of a tensor that is kept in the model all the same, as the onnx package does it."""
@@ -81,10 +81,10 @@ def dtype_number(name: str) -> int:
     return found
 
 
-def write(model: Model, out: Path, *, force: bool = False, largest: int = _LARGEST) -> None:
-    """Write the file; and `<name>.data` beside it, first, if the model is larger than `largest` bytes."""
+def write(model: Model, out: Path, *, force: bool = False) -> None:
+    """Write the file; and `<name>.data` beside it, first, if the model is larger than LARGEST."""
     whole = sum(tensor.nbytes for tensor in model.weights.values()) + len(_serialized_nodes(model))
-    if whole <= largest:
+    if whole <= LARGEST:
         with new_file(out, force) as file:
             _write_model(model, file, {}, "")
         return

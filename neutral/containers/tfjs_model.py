@@ -322,10 +322,10 @@ def write_again(
     names: set[str] = set()
     left = dict(tensors)
     problems: list[Problem] = []
-    for number, group in enumerate(manifest if isinstance(manifest, list) else []):
+    for number, group in enumerate(_list(manifest)):
         given = group if isinstance(group, Mapping) else {}
         order = []
-        for entry in given.get("weights") or []:
+        for entry in _list(given.get("weights")):
             name = entry.get("name") if isinstance(entry, Mapping) else None
             tensor = left.pop(name, None) if isinstance(name, str) else None
             dtype = DTYPES.get(str(entry.get("dtype"))) if isinstance(entry, Mapping) else None
@@ -338,7 +338,7 @@ def write_again(
                     problems.append(Problem(printable(name), "values that its quantization cannot hold", "its own"))
                 tensor = quantization.quantized(tensor)
             order.append(tensor)
-        shards = [_plain(out, shard, names) for shard in given.get("paths") or []]
+        shards = [_plain(out, shard, names) for shard in _list(given.get("paths"))]
         told = sizes[number] if number < len(sizes) else []
         groups.append((_sized(shards, told, sum(tensor.nbytes for tensor in order)), order))
     problems += [Problem(name, "a weight that its JSON does not list", "none") for name in left]
@@ -347,6 +347,10 @@ def write_again(
         _write_shards(out.parent, pairs, order, force)
     with new_file(out, force) as file:
         file.write(text)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _sized(shards: Sequence[str], told: Any, total: int) -> list[tuple[str, int]]:

@@ -15,34 +15,16 @@ from typing import Any
 import numpy as np
 
 from neutral import rules
-from neutral.containers.onnx import ModelProto, NodeProto, named_tensors
-from neutral.containers.onnx_constants import Expression, Leaf, Permuted, Reshaped, backward, forward, leaves, undoable
+from neutral.containers.onnx import GraphProto, ModelProto, NodeProto, named_tensors
+from neutral.containers.onnx_constants import Expression, Leaf, backward, forward, leaves
 from neutral.containers.onnx_tensors import DTYPES, STRING
 from neutral.conventions.onnx import RECURRENT, refusal
+from neutral.conventions.onnx_candidates import Candidate, candidate_of, made_by, turn
 from neutral.conventions.onnx_flatten import Crossings, Used, follow
-from neutral.conventions.onnx_names import anonymous, common_stem, folded, module_of
-from neutral.conventions.onnx_ranks import rank_of
+from neutral.conventions.onnx_names import anonymous, common_stem, module_of
 from neutral.conventions.onnx_scope import Scope, subgraphs
-from neutral.errors import BadFile, Problem, Unsupported, raise_all
+from neutral.errors import Problem, Unsupported, raise_all
 from neutral.native import Tensor
-
-_WEIGHTS: Mapping[str, Mapping[str, int]] = {
-    "Gemm": {"W": 1, "B": 2},
-    "MatMul": {"W": 1},
-    "Conv": {"W": 1, "B": 2},
-    "ConvTranspose": {"W": 1, "B": 2},
-    "Gather": {"data": 0},
-    "BatchNormalization": {"scale": 1, "B": 2, "mean": 3, "var": 4},
-    "LayerNormalization": {"scale": 1, "B": 2},
-    "GroupNormalization": {"scale": 1, "bias": 2},
-    "InstanceNormalization": {"scale": 1, "B": 2},
-    "RMSNormalization": {"scale": 1},
-    "PRelu": {"slope": 1},
-    "RNN": {"W": 1, "R": 2, "B": 3},
-    "LSTM": {"W": 1, "R": 2, "B": 3, "P": 7},
-    "GRU": {"W": 1, "R": 2, "B": 3},
-}
-"""The inputs of each operator that are weights; the first of them must be one."""
 
 _SETTINGS: Mapping[str, tuple[int, ...]] = {
     "Clip": (1, 2), "Expand": (1,), "OneHot": (1, 2), "Pad": (1, 2, 3), "Pow": (1,), "Range": (0, 1, 2),
@@ -109,10 +91,13 @@ def layers_of(model: ModelProto, where: str) -> FoundLayers:
     finder = _Finder(model.opset, names)
     scope = Scope(model.graph, model.opset, names)
     finder.graph(scope)
+    for function in model.functions:
+        body = GraphProto(function.name, function.nodes)
+        finder.graph(Scope(body, function.opsets.get("", model.opset), names))
     raise_all(Unsupported, _unreadable(model, where))
     crossings = finder.crossings(scope)
     for number, axes in crossings.turned.items():
-        _turn(finder.candidates[number], axes, crossings.splits[number])
+        turn(finder.candidates[number], axes, crossings.splits[number])
     layers = tuple(finder.named())
     paths = [layer.path for layer in layers]
     return FoundLayers(
@@ -140,35 +125,22 @@ def _unreadable(model: ModelProto, where: str) -> Iterator[Problem]:
         yield Problem(f"{where}: {name}", "a sparse initializer", "a dense one", "save the model without it")
 
 
-@dataclass
-class _Candidate:
-    """A layer that has no name yet."""
-
-    cls: str | None
-    expressions: dict[str, Expression]
-    config: dict[str, Any]
-    nodes: list[NodeProto]
-    factors: dict[str, float] = field(default_factory=dict)
-    folded: str = ""
-    values: list[str] = field(default_factory=list)
-    """What the graph calls its tensors where they are used."""
-
-
 class _Finder:
     def __init__(self, opset: int, names: Mapping[int, str]) -> None:
         self.opset = opset
         self.names = names
-        self.candidates: list[_Candidate] = []
+        self.candidates: list[Candidate] = []
         self.loose: list[tuple[Leaf, NodeProto | None]] = []
         self.notes: list[str] = []
-        self._shared: dict[Any, _Candidate] = {}
+        self._used: set[str] = set()
+        self._shared: dict[Any, Candidate] = {}
 
     def graph(self, scope: Scope) -> None:
         claimed: set[tuple[int, str]] = set()
         for node in scope.graph.nodes:
             if (id(node), "") in claimed:
                 continue
-            found = self._layer(scope, node)
+            found = candidate_of(scope, node)
             if found is not None:
                 candidate, used = found
                 claimed |= {(id(user), value) for user, value in used}
@@ -182,66 +154,40 @@ class _Finder:
                 self.graph(Scope(inner, scope.opset, scope.names, scope))
         self._loose(scope, claimed)
 
-    def _layer(self, scope: Scope, node: NodeProto) -> tuple[_Candidate, list[tuple[NodeProto, str]]] | None:
-        if node.domain or not node.outputs:
-            return None
-        if node.op_type == "Einsum":
-            return _einsum(scope, node)
-        places = _WEIGHTS.get(node.op_type)
-        if places is None:
-            return None
-        found: dict[str, Expression] = {}
-        used: list[tuple[NodeProto, str]] = []
-        for i, (local, place) in enumerate(places.items()):
-            value = node.inputs[place] if len(node.inputs) > place else ""
-            if not value or (i and scope.zero(value)) or (local == "scale" and scope.ones(value)):
-                continue
-            expression = scope.floats(value)
-            if expression is None or not expression.shape or not undoable(expression):
-                return None
-            found[local] = expression
-            used.append((node, value))
-        # A norm may have a bias and no scale but ones.
-        needed = next(iter(places))
-        if (
-            not found
-            or (needed not in found and needed != "scale")
-            or any(scope.constant(node.inputs[i]) for i in _data_places(node))
-        ):
-            return None
-        candidate = _Candidate(node.op_type, found, _settings(node), [node])
-        fits = _FITTING.get(node.op_type, _as_it_is)(scope, node, candidate)
-        if not fits:
-            return None
-        if "B" not in found and node.op_type in _BIASED:
-            used += _bias_behind(scope, node, candidate)
-        candidate.values = [value for _, value in used]
-        candidate.folded = folded(node)
-        return candidate, used
-
     def _loose(self, scope: Scope, claimed: set[tuple[int, str]]) -> None:
         """Uses of stored tensors in which they are no weights of a layer that is known, and tensors without a use."""
-        used: set[str] = set()
         for node in scope.graph.nodes:
             if any(scope.constant(value) is not None for value in node.outputs[:1]):
                 continue
             for place, value in enumerate(node.inputs):
                 expression = scope.constant(value)
                 if expression is None:
+                    self._listed(scope, node, value, place)
                     continue
                 for leaf in leaves(expression):
-                    used.add(leaf.name)
+                    self._used.add(leaf.name)
                     if (id(node), value) not in claimed and _is_weight(leaf, node, place, _starts_only(scope, node)):
                         self.loose.append((leaf, node))
         for name, tensor in scope.graph.initializers.items():
             leaf = Leaf(scope.name_of(tensor), tensor)
             if (
                 tensor.data is not None
-                and leaf.name not in used
+                and leaf.name not in self._used
                 and name not in scope.users
                 and _is_weight(leaf, None, 0, False)
             ):
                 self.loose.append((leaf, None))
+
+    def _listed(self, scope: Scope, node: NodeProto, value: str, place: int) -> None:
+        """Say it of numbers with a fraction that a node has in its attributes, not as a tensor."""
+        maker = scope.makers.get(value)
+        if maker is None or maker.op_type != "Constant" or place in _SETTINGS.get(node.op_type, ()):
+            return
+        listed = maker.attributes.get("value_floats")
+        if isinstance(listed, tuple) and len(listed) > 1:
+            self.notes.append(
+                f"{value}: {len(listed)} numbers of the graph itself, which are no tensor and are left out"
+            )
 
     def crossings(self, scope: Scope) -> Crossings:
         """Which layers cross a Flatten, by their numbers."""
@@ -249,7 +195,7 @@ class _Finder:
         adds: set[int] = set()
         for number, candidate in enumerate(self.candidates):
             first = next(iter(candidate.expressions.values()))
-            made = _made(candidate, first)[0]
+            made = made_by(candidate, first)[0]
             for node in candidate.nodes:
                 if node.op_type == candidate.cls:
                     used[id(node)] = Used(number, node.op_type, first.shape, made)
@@ -306,276 +252,7 @@ class _Finder:
             yield FoundLayer(_unique(path, taken), None, views, {}, tuple(nodes.get(path, ())))
 
 
-def _data_places(node: NodeProto) -> tuple[int, ...]:
-    """The input that is data, which must not be constant."""
-    place = 1 if node.op_type == "Gather" else 0
-    return (place,) if len(node.inputs) > place else ()
-
-
-_INTS = ("dilations", "kernel_shape", "output_padding", "output_shape", "pads", "strides")
-_FLOATS = ("activation_alpha", "activation_beta")
-_TYPES: Mapping[str, type] = {
-    **dict.fromkeys(("alpha", "beta", "clip", "epsilon", "momentum"), float),
-    **dict.fromkeys(("auto_pad", "direction", "equation"), str),
-    **dict.fromkeys(
-        (
-            "axis",
-            "group",
-            "hidden_size",
-            "input_forget",
-            "layout",
-            "linear_before_reset",
-            "num_groups",
-            "transA",
-            "transB",
-        ),
-        int,
-    ),
-}
-"""What the attributes of operators with weights hold."""
-
-
-def _settings(node: NodeProto) -> dict[str, Any]:
-    """The attributes of a node, `BadFile` for one that holds what its operator does not take."""
-    found = {name: value for name, value in node.attributes.items() if isinstance(value, int | float | str | tuple)}
-    for name, value in found.items():
-        listed: type | None = (
-            int if name in _INTS else float if name in _FLOATS else str if name == "activations" else None
-        )
-        if listed is not None:
-            right = isinstance(value, tuple) and all(type(each) is listed for each in value)
-        else:
-            right = type(value) is _TYPES.get(name, type(value))
-        numbers = value if isinstance(value, tuple) else (value,)
-        if not right or any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
-            where = node.name or node.op_type
-            raise BadFile(Problem(where, f"the attribute {name} of {value!r}", "one that the operator takes"))
-    return found
-
-
-def _as_it_is(scope: Scope, node: NodeProto, candidate: _Candidate) -> bool:
-    return True
-
-
-def _gemm(scope: Scope, node: NodeProto, candidate: _Candidate) -> bool:
-    weight = candidate.expressions["W"]
-    if len(weight.shape) != 2:
-        return False
-    out = weight.shape[0 if candidate.config.get("transB", 0) else 1]
-    bias = candidate.expressions.get("B")
-    if bias is not None:
-        if math.prod(bias.shape) != out or len(bias.shape) > 2 or (bias.shape or (1,))[-1] != out:
-            return False
-        candidate.expressions["B"] = _flat(bias)
-    for local, name in (("W", "alpha"), ("B", "beta")):
-        factor = candidate.config.get(name, 1.0)
-        if factor == 1.0 or local not in candidate.expressions:
-            continue
-        if rules.is_power_of_two(factor):
-            candidate.factors[local] = float(factor)
-        else:
-            candidate.config["odd"] = f"{candidate.config.get('odd', '')} {name} {factor:g}".strip()
-    return True
-
-
-def _matmul(scope: Scope, node: NodeProto, candidate: _Candidate) -> bool:
-    return len(candidate.expressions["W"].shape) == 2
-
-
-def _gather(scope: Scope, node: NodeProto, candidate: _Candidate) -> bool:
-    return len(candidate.expressions["data"].shape) == 2 and candidate.config.get("axis", 0) in (0, -2)
-
-
-def _vectors(scope: Scope, node: NodeProto, candidate: _Candidate) -> bool:
-    return len({e.shape for e in candidate.expressions.values()}) == 1 and all(
-        len(e.shape) == 1 for e in candidate.expressions.values()
-    )
-
-
-def _group_norm(scope: Scope, node: NodeProto, candidate: _Candidate) -> bool:
-    groups = candidate.config.get("num_groups")
-    if not _vectors(scope, node, candidate):
-        return False
-    if scope.opset < 21 and candidate.expressions["scale"].shape[0] == groups:
-        candidate.config["odd"] = "one scale for each group, as before opset 21"
-    return True
-
-
-def _prelu(scope: Scope, node: NodeProto, candidate: _Candidate) -> bool:
-    slope = candidate.expressions["slope"]
-    shape = slope.shape
-    rank = rank_of(scope, node.inputs[0])
-    if math.prod(shape) == 1:
-        wanted: tuple[int, ...] = (1,)
-    elif rank is None:
-        # Axes of size one behind the channels are there to reach them from the last axis.
-        bare = shape[1:] if shape[0] == 1 else shape
-        if len(bare) < 2 or any(n != 1 for n in bare[1:]):
-            return False
-        wanted = bare[:1]
-    else:
-        full = (1,) * (rank - len(shape)) + shape
-        if len(full) != rank or rank < 2 or full[0] != 1:
-            return False
-        if rank > 2 and full[1] == 1:
-            return False
-        wanted = full[1:2] if all(n == 1 for n in full[2:]) else full[1:]
-    candidate.expressions["slope"] = slope if shape == wanted else Reshaped(slope, wanted)
-    return True
-
-
-def _window(scope: Scope, node: NodeProto, candidate: _Candidate) -> bool:
-    return len(candidate.expressions["W"].shape) > 2
-
-
-def _recurrent(scope: Scope, node: NodeProto, candidate: _Candidate) -> bool:
-    return "R" in candidate.expressions and all(len(candidate.expressions[local].shape) == 3 for local in "WR")
-
-
-_FITTING = {
-    "Gemm": _gemm,
-    "MatMul": _matmul,
-    "Gather": _gather,
-    **dict.fromkeys(("Conv", "ConvTranspose"), _window),
-    "BatchNormalization": _vectors,
-    "InstanceNormalization": _vectors,
-    "GroupNormalization": _group_norm,
-    "PRelu": _prelu,
-    **dict.fromkeys(RECURRENT, _recurrent),
-}
-_BIASED = ("Gemm", "MatMul", "Conv", "ConvTranspose")
-
-
-def _flat(expression: Expression) -> Expression:
-    size = math.prod(expression.shape)
-    return expression if expression.shape == (size,) else Reshaped(expression, (size,))
-
-
-def _bias_behind(scope: Scope, node: NodeProto, candidate: _Candidate) -> list[tuple[NodeProto, str]]:
-    """The bias that an Add behind the operator adds, if it is one: then it is the layer's, and its uses are told."""
-    added = _added(scope, node)
-    if added is None:
-        return []
-    adds, value, bias = added
-    weight = candidate.expressions["W"]
-    out, behind = _made(candidate, weight)
-    if not bias.shape or len(bias.shape) <= behind:
-        return []
-    place = len(bias.shape) - 1 - behind
-    if bias.shape[place] != out or any(n != 1 for i, n in enumerate(bias.shape) if i != place):
-        return []
-    if _belongs_elsewhere(weight, bias):
-        return []
-    candidate.expressions["B"] = _flat(bias)
-    candidate.nodes += adds
-    return [(adds[-1], value)]
-
-
-def _added(scope: Scope, node: NodeProto) -> tuple[list[NodeProto], str, Expression] | None:
-    """The one node behind another if it adds a constant: what is between them and the node, and the constant with its name."""
-    made = node.outputs[0]
-    adds = scope.only_user(made)
-    between: list[NodeProto] = []
-    for _ in range(_MOST_STEPS):
-        if adds is None or not _changes_nothing(scope, node, adds):
-            break
-        between.append(adds)
-        made = adds.outputs[0]
-        adds = scope.only_user(made)
-    if adds is None or adds.op_type != "Add" or adds.domain or len(adds.inputs) != 2:
-        return None
-    value = adds.inputs[1] if adds.inputs[0] == made else adds.inputs[0]
-    bias = scope.floats(value)
-    return None if bias is None or not undoable(bias) else ([*between, adds], value, bias)
-
-
-def _changes_nothing(scope: Scope, node: NodeProto, behind: NodeProto) -> bool:
-    """True for a node behind one with weights that gives its result on as it is."""
-    if behind.domain or len(behind.outputs) != 1:
-        return False
-    weights = [found for value in node.inputs if (found := scope.floats(value)) is not None]
-    same = weights and behind.attributes.get("to") == next(leaves(weights[0])).tensor.code
-    return behind.op_type == "Identity" or (behind.op_type == "Cast" and bool(same))
-
-
-def _belongs_elsewhere(weight: Expression, bias: Expression) -> bool:
-    """True if names say that a bias is not of the layer whose weight this is."""
-    stems = [common_stem(leaf.tensor.name for leaf in leaves(part)) for part in (weight, bias)]
-    return all(stems) and stems[0] != stems[1]
-
-
-def _made(candidate: _Candidate, weight: Expression) -> tuple[int, int]:
-    """How many features an operator makes, and how many axes stand behind them."""
-    match candidate.cls:
-        case "Conv":
-            return weight.shape[0], len(weight.shape) - 2
-        case "ConvTranspose":
-            return weight.shape[1] * int(candidate.config.get("group", 1)), len(weight.shape) - 2
-        case "Gemm" if candidate.config.get("transB", 0):
-            return weight.shape[0], 0
-    return weight.shape[-1], 0
-
-
-def _turn(candidate: _Candidate, axes: set[str], channels: Mapping[str, int]) -> None:
-    """Give a layer whose axes hold (position channel) views in which they hold (channel position)."""
-    for local, expression in candidate.expressions.items():
-        if local == "W":
-            outer = 0 if candidate.config.get("transB", 0) else 1
-            places = {"out": outer, "in": 1 - outer}
-        else:
-            places = {"out": 0, "feature": 0}
-        for axis in axes:
-            if axis in places:
-                expression = _channels_first(expression, places[axis], channels[axis])
-        candidate.expressions[local] = expression
-
-
-def _channels_first(expression: Expression, axis: int, channels: int) -> Expression:
-    shape = expression.shape
-    parted = (*shape[:axis], shape[axis] // channels, channels, *shape[axis + 1 :])
-    order = list(range(len(parted)))
-    order[axis], order[axis + 1] = axis + 1, axis
-    return Reshaped(Permuted(Reshaped(expression, parted), tuple(order)), shape)
-
-
-def _einsum(scope: Scope, node: NodeProto) -> tuple[_Candidate, list[tuple[NodeProto, str]]] | None:
-    """An Einsum of a value or two and a kernel, in whichever order they are given: the kernel is put last."""
-    equation = str(node.attributes.get("equation", "")).replace(" ", "")
-    operands, arrow, result = equation.partition("->")
-    terms = operands.split(",")
-    constants = [scope.constant(value) for value in node.inputs]
-    places = [i for i, constant in enumerate(constants) if constant is not None]
-    if not arrow or len(terms) != len(node.inputs) or len(places) != 1 or len(terms) not in (2, 3):
-        return None
-    (place,) = places
-    kernel = scope.floats(node.inputs[place])
-    if kernel is None or not undoable(kernel) or len(terms[place]) != len(kernel.shape):
-        return None
-    others = [term for i, term in enumerate(terms) if i != place]
-    config = {**_settings(node), "equation": f"{','.join(others)},{terms[place]}->{result}"}
-    candidate = _Candidate("Einsum", {"W": kernel}, config, [node])
-    sizes = dict(zip(terms[place], kernel.shape, strict=True))
-    return candidate, [(node, node.inputs[place]), *_einsum_bias(scope, node, candidate, others, result, sizes)]
-
-
-def _einsum_bias(
-    scope: Scope, node: NodeProto, candidate: _Candidate, others: list[str], result: str, sizes: Mapping[str, int]
-) -> list[tuple[NodeProto, str]]:
-    """The bias behind an Einsum, over all the axes that it makes."""
-    made = "".join(letter for letter in result if letter in sizes and not any(letter in term for term in others))
-    added = _added(scope, node)
-    if added is None or not made or not result.endswith(made):
-        return []
-    adds, value, bias = added
-    if bias.shape != tuple(sizes[letter] for letter in made) or _belongs_elsewhere(candidate.expressions["W"], bias):
-        return []
-    candidate.expressions["B"] = bias
-    candidate.config["bias_axes"] = made
-    candidate.nodes += adds
-    return [(adds[-1], value)]
-
-
-def _same_as(candidate: _Candidate) -> Any:
+def _same_as(candidate: Candidate) -> Any:
     """Equal for two uses of one layer."""
     expressions = tuple(candidate.expressions.items())
     settings = tuple(sorted((name, repr(value)) for name, value in candidate.config.items()))
@@ -626,10 +303,10 @@ def _is_weight(leaf: Leaf, node: NodeProto | None, place: int, starts: bool) -> 
     return size > 1
 
 
-def _paths(candidates: list[_Candidate]) -> list[str]:
+def _paths(candidates: list[Candidate]) -> list[str]:
     """A path for each layer: after its module, its tensors or its node; layers of a stack are numbered."""
     wanted = [_wanted_path(candidate) for candidate in candidates]
-    members: dict[str, list[_Candidate]] = {}
+    members: dict[str, list[Candidate]] = {}
     for candidate, path in zip(candidates, wanted, strict=True):
         members.setdefault(path, []).append(candidate)
     stacks = {path for path, found in members.items() if _is_stack(found)}
@@ -645,12 +322,12 @@ def _paths(candidates: list[_Candidate]) -> list[str]:
     return paths
 
 
-def _is_stack(members: list[_Candidate]) -> bool:
+def _is_stack(members: list[Candidate]) -> bool:
     """Several recurrent operators of one module: the levels of a torch LSTM."""
     return len(members) > 1 and all(c.cls in RECURRENT and c.cls == members[0].cls for c in members)
 
 
-def _wanted_path(candidate: _Candidate) -> str:
+def _wanted_path(candidate: Candidate) -> str:
     node = candidate.nodes[0]
     own = common_stem(candidate.values) or common_stem(
         leaf.tensor.name for e in candidate.expressions.values() for leaf in leaves(e)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,18 @@ def test_a_tree_without_an_end(tmp_path: Path) -> None:
         tree = {"a": tree}
     with pytest.raises(BadFile, match="levels"):
         read(saved(tree, tmp_path))
+
+
+def test_a_wide_tree_is_read_in_no_time(tmp_path: Path) -> None:
+    empty = np.zeros((1000, 0), "f4")
+    wide = {"params": {str(i): {"kernel": empty, "bias": empty} for i in range(5_000)}}
+    stack = {"params": {"ScanX_0": {f"Dense_{i}": {"kernel": np.zeros((1000, 0, 0), "f4")} for i in range(2_000)}}}
+    for tree, count in ((wide, 5_000), (stack, 2_000)):
+        path = saved(tree, tmp_path)
+        started = time.monotonic()
+        model = read(path)
+        assert len(model.layers) == count and time.monotonic() - started < 10
+        model.close()
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a\nb\x1b[31m"])

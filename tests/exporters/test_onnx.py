@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,8 @@ def random_net() -> Net:
     return net
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The net's state dict, and the net as torch exports it in three ways."""
-    folder = tmp_path_factory.mktemp("exported")
+def export_net(folder: Path) -> Path:
+    """A folder with the net's state dict, and the net as torch exports it in three ways."""
     net = random_net()
     torch.save(net.state_dict(), folder / "net.pt")
     logging.disable(logging.CRITICAL)
@@ -69,7 +67,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     torch.onnx.export(net, INPUTS, str(folder / "optimized.onnx"), dynamo=True, verbose=False)
     torch.onnx.export(net, INPUTS, str(folder / "legacy.onnx"), dynamo=False)
     logging.disable(logging.NOTSET)
-    yield folder
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_net(tmp_path_factory.mktemp("exported"))
 
 
 def layers(path: Path) -> dict[str, CanonicalLayer]:
@@ -276,6 +279,34 @@ def test_layers_inside_of_graphs_inside_of_nodes(tmp_path: Path) -> None:
     found = read(model_of(tmp_path / "x.onnx", [chosen], {}, {"x": ["n", 3], "c": []}))
     assert {(layer.path, layer.cls) for layer in found.layers} == {("yes", "MatMul"), ("no", "MatMul")}
     assert len({tensor.name for tensor in found.tensors()}) == 2
+
+
+def test_weights_that_a_graph_inside_uses(tmp_path: Path) -> None:
+    inner = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["o"], name="inside")], "body", [], [helper.make_tensor_value_info("o", 1, None)])  # fmt: skip
+    chosen = helper.make_node("If", ["c"], ["y"], name="if", then_branch=inner, else_branch=inner)
+    found = read(model_of(tmp_path / "x.onnx", [chosen], {"w": normal(3, 3)}, {"x": ["n", 3], "c": []}))
+    assert [(layer.path, layer.cls) for layer in found.layers] == [("inside", "MatMul")]
+
+
+def test_weights_inside_of_functions(tmp_path: Path) -> None:
+    path = model_of(tmp_path / "x.onnx", [helper.make_node("F", ["x"], ["y"], domain="own")], {}, {"x": ["n", 3]})
+    model = onnx.load(path)
+    opsets = [helper.make_opsetid("", 21)]
+    body = [
+        helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(normal(3, 5))),
+        helper.make_node("MatMul", ["a", "w"], ["b"], name="inside"),
+    ]
+    model.functions.append(helper.make_function("own", "F", ["a"], ["b"], body, opsets))
+    path.write_bytes(model.SerializeToString())
+    (layer,) = canonical_layers(read(path), ONNX)
+    assert (layer.path, layer.kind, layer.tensors["kernel"].data.shape) == ("inside", "dense", (5, 3))
+
+
+def test_numbers_of_the_graph_itself_are_told(tmp_path: Path) -> None:
+    listed = helper.make_node("Constant", [], ["v"], value_floats=[1.0, 2.0, 3.0])
+    nodes = [listed, node("Mul", "x v", "m"), node("MatMul", "m w", "y")]
+    model = read(model_of(tmp_path / "x.onnx", nodes, {"w": normal(3, 5)}, {"x": ["n", 3]}))
+    assert "v: 3 numbers of the graph itself" in " ".join(model.notes)
 
 
 def test_a_live_model(tmp_path: Path) -> None:

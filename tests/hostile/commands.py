@@ -25,7 +25,7 @@ from typing import Any, Self
 
 SECONDS = 10
 MEGABYTES = 512
-_WINGS = ("equinox", "flax", "keras", "numpy", "onnx", "paddle", "safetensors", "tensorflow", "tfjs", "torch")
+_WINGS = ("equinox", "flax", "keras", "mlx", "numpy", "onnx", "paddle", "safetensors", "tensorflow", "tfjs", "torch")
 _IMPORTED = (
     "neutral.cli",
     *(f"neutral.exporters.{name}" for name in _WINGS),

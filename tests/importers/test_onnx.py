@@ -14,7 +14,12 @@ from neutral.errors import Refused
 from neutral.exporters.onnx import read
 from neutral.importers.onnx import fill, fill_live
 from neutral.native import from_array
-from tests.exporters.test_onnx import INPUTS, Net, model_of, node, normal
+from tests.exporters.test_onnx import INPUTS, Net, export_net, model_of, node, normal
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_net(tmp_path_factory.mktemp("exported"))
 
 
 def run(path: Path, *inputs: np.ndarray) -> list[np.ndarray]:

@@ -108,7 +108,7 @@ def plain(weights: Arrays) -> Arrays:
 def arranged(weights: Arrays, wanted: dict[str, tuple[int, ...]]) -> Arrays:
     """Under the names of this model: the layers of a stack have others in other frameworks, in the same order."""
     paths = [list(dict.fromkeys(name.rpartition("/")[0] for name in names)) for names in (weights, wanted)]
-    if len(paths[0]) != len(paths[1]):
+    if len(paths[0]) != len(paths[1]) or {*paths[0]} == {*paths[1]}:
         return weights
     names = dict(zip(*paths, strict=True))
     renamed = {f"{names[n.rpartition('/')[0]]}/{n.rpartition('/')[2]}": array for n, array in weights.items()}
