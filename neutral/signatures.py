@@ -222,7 +222,16 @@ def _maps_to_hdf5(weight_map: object) -> bool:
 def tensorflow(probe: Probe) -> str | None:
     if probe.has("saved_model.pb"):
         return "savedmodel"
-    return "checkpoint" if probe.container == "sstable" or probe.has("checkpoint") else None
+    return "checkpoint" if probe.container == "sstable" or _points(probe) else None
+
+
+def _points(probe: Probe) -> bool:
+    """Whether a folder has TensorFlow's `checkpoint`, which names one; Orbax once had another file of that name."""
+    if not probe.has("checkpoint"):
+        return False
+    from neutral.containers.orbax_aggregate import is_aggregate
+
+    return not is_aggregate(probe.path / "checkpoint")
 
 
 def numpy(probe: Probe) -> str | None:
