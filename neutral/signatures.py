@@ -222,7 +222,16 @@ def _maps_to_hdf5(weight_map: object) -> bool:
 def tensorflow(probe: Probe) -> str | None:
     if probe.has("saved_model.pb"):
         return "savedmodel"
-    return "checkpoint" if probe.container == "sstable" or probe.has("checkpoint") else None
+    return "checkpoint" if probe.container == "sstable" or _points(probe) else None
+
+
+def _points(probe: Probe) -> bool:
+    """Whether a folder has TensorFlow's `checkpoint`, which names one; Orbax once had another file of that name."""
+    if not probe.has("checkpoint"):
+        return False
+    from neutral.containers.orbax_aggregate import is_aggregate
+
+    return not is_aggregate(probe.path / "checkpoint")
 
 
 def numpy(probe: Probe) -> str | None:
@@ -232,7 +241,7 @@ def numpy(probe: Probe) -> str | None:
 
 
 def safetensors(probe: Probe) -> str | None:
-    if probe.layout in ("mlx", "mlx?", "paddle"):
+    if probe.layout in ("mlx", "mlx?", "paddle", "np"):
         return None
     if probe.container == "safetensors":
         return "safetensors"
@@ -267,6 +276,16 @@ def onnx(probe: Probe) -> str | None:
 def paddle(probe: Probe) -> str | None:
     """A pickle with paddle's own tables or pairs in it, or of its suffix; what jit.save makes, to be refused in words."""
     suffix = suffix_of(probe.path)
+    if probe.layout == "np":
+        # PaddleNLP: safe_save_file(state_dict, path, metadata={"format": "np"}), its Linear's weights being `in out`.
+        raise Refused(
+            Problem(
+                str(probe.path),
+                "safetensors of plain arrays (the format of their metadata is np), as PaddleNLP and others write them",
+                "to know whose layout they have, for paddle's kernels are the transpose of torch's under the same names",
+                "say it with --from paddle-safetensors or --from safetensors",
+            )
+        )
     if probe.container == "safetensors":
         return "paddle-safetensors" if probe.layout == "paddle" else None
     if suffix in (".pdparams", ".pdopt", ".pdiparams", ".pdmodel") and probe.container in ("pickle", ""):

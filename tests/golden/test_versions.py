@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from torch import nn
 
 import neutral
@@ -77,6 +78,7 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
 
 WEIGHTS = (
     "msgpack",
+    "checkpoints.zip",
     "zarr.zip",
     "ocdbt.zip",
     "weights.h5",
@@ -193,3 +195,25 @@ def test_the_same_weights_have_one_digest(name: str, tmp_path: Path) -> None:
     told["kinds"] = {path: KINDS[path] for path in unknown} | told.get("kinds", {})
     family = FAMILIES.get(framework, framework)
     assert neutral.digest(source, **told) == DIGESTS[f"{family}/{case}"]
+
+
+@pytest.mark.parametrize("version", ["0.3.0", "0.4.0"])
+@pytest.mark.parametrize("name", ["arrays", "metadata"])
+def test_safetensors(version: str, name: str, tmp_path: Path) -> None:
+    """Every dtype, a scalar, an array of nothing: as the version that is installed reads them, and back to the byte."""
+    path = HERE / f"safetensors-{version}" / f"{name}.safetensors"
+    expected = load_file(path)
+    neutral.convert(path, tmp_path / "again.safetensors")
+    found = load_file(tmp_path / "again.safetensors")
+    assert found.keys() == expected.keys() and len(found) == 13
+    for key, array in expected.items():
+        assert (found[key].dtype, found[key].shape) == (array.dtype, array.shape)
+        assert found[key].tobytes() == array.tobytes()
+    neutral.convert(path, tmp_path / "filled.safetensors", into=path)
+    assert (tmp_path / "filled.safetensors").read_bytes() == path.read_bytes()
+    assert neutral.digest(path) == DIGESTS["safetensors"]
+
+
+def test_every_digest_is_of_a_file() -> None:
+    used = {f"{FAMILIES.get(f, f)}/{case_of(name)}" for name in files() for f in [name.split("-")[0]]}
+    assert used | {"safetensors"} == DIGESTS.keys()

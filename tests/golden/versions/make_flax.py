@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -62,15 +61,27 @@ def randomized(tree, path=""):
     return jnp.asarray(values(path, tree.shape))
 
 
+def checkpoints(goal, tree):
+    """Flax's own checkpoints, which Orbax wrote: the whole tree in one file of a folder."""
+    flax.config.update("flax_use_orbax_checkpointing", True)
+    from flax.training.checkpoints import save_checkpoint
+
+    shutil.rmtree(goal, ignore_errors=True)
+    save_checkpoint(str(goal), tree, step=3)
+    packed(goal)
+
+
 def main(here):
     path, outputs, trees = folder(here, "flax", VERSION), {}, {}
     for name, model in (("image", Image()), ("text", Text()), ("attention", Attention())):
         x = jnp.asarray(inputs(name))
         variables = trees[name] = randomized(model.init(jax.random.PRNGKey(0), x))
         outputs[name] = model.apply(variables, x)
-        with open(os.path.join(path, name + ".msgpack"), "wb") as file:
-            file.write(serialization.to_bytes(variables))
+        (path / (name + ".msgpack")).write_bytes(serialization.to_bytes(variables))
     record(path, outputs)
+    if OLD_CELLS:  # later ones write what Orbax writes
+        for name, tree in trees.items():
+            checkpoints(path / (name + ".checkpoints"), tree)
     try:
         import orbax.checkpoint as ocp
     except ImportError:
@@ -79,7 +90,7 @@ def main(here):
     ways = {"zarr": {"use_ocdbt": False}, "ocdbt": {"use_ocdbt": True}}
     for way, settings in ways.items():
         for name, tree in trees.items():
-            goal = os.path.abspath(os.path.join(path, name + "." + way))
+            goal = path / (name + "." + way)
             shutil.rmtree(goal, ignore_errors=True)
             try:
                 handler = ocp.PyTreeCheckpointHandler(**settings)
@@ -87,10 +98,8 @@ def main(here):
                 if way == "ocdbt":
                     continue
                 handler = ocp.PyTreeCheckpointHandler()
-            ocp.Checkpointer(handler).save(goal, tree)
-            if way == "ocdbt" and not os.path.exists(
-                os.path.join(goal, "manifest.ocdbt")
-            ):  # it does not heed the setting
+            ocp.Checkpointer(handler).save(str(goal), tree)
+            if way == "ocdbt" and not (goal / "manifest.ocdbt").exists():  # it does not heed the setting
                 shutil.rmtree(goal)
                 continue
             packed(goal)

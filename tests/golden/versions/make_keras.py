@@ -60,15 +60,15 @@ def main(here):
         outputs[name] = np.asarray(model(inputs(name)))
         suffixes = ("h5",) if VERSION.startswith("2.8") else ("h5", "keras", "weights.h5")
         for suffix in suffixes:
-            goal = os.path.join(path, name + "." + suffix)
+            goal = str(path / (name + "." + suffix))
             try:
                 model.save_weights(goal) if suffix == "weights.h5" else model.save(goal)
             except ValueError as error:  # Keras 3.0 gives two weights of an attention one name in such a file
                 print(goal, error)
-                os.remove(goal)
+                (path / (name + "." + suffix)).unlink()
         if OLD:
-            model.save_weights(os.path.join(path, name + ".checkpoint"), save_format="tf")
-            os.remove(os.path.join(path, "checkpoint"))
+            model.save_weights(str(path / (name + ".checkpoint")), save_format="tf")
+            (path / "checkpoint").unlink()
     record(path, outputs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib.metadata import version
 
@@ -75,9 +74,9 @@ def main(here):
         model.eval()
         outputs[name] = np.array(model(mx.array(inputs(name))))
         weights = dict(tree_flatten(model.parameters()))
-        mx.savez(os.path.join(path, name + ".npz"), **weights)
+        mx.savez(str(path / (name + ".npz")), **weights)
         if hasattr(mx, "save_safetensors"):
-            mx.save_safetensors(os.path.join(path, name + ".safetensors"), weights)
+            mx.save_safetensors(str(path / (name + ".safetensors")), weights)
     record(path, outputs)
 
 

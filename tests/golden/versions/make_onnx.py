@@ -5,7 +5,6 @@ Each model is written in several of the operator sets that this version knows.
 
 from __future__ import annotations
 
-import os
 import sys
 
 import numpy as np
@@ -104,7 +103,7 @@ def main(here):
         for case, made in (("image", image(opset)), ("text", text(opset))):
             kind = "plain-text" if case == "text" and opset < 17 else case  # without a norm
             name = kind + "_opset" + str(opset)
-            onnx.save(made, os.path.join(path, name + ".onnx"))
+            onnx.save(made, str(path / (name + ".onnx")))
             session = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
             x = inputs(case)
             outputs[name] = session.run(None, {"x": np.moveaxis(x, -1, 1).copy() if case == "image" else x})[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import numpy as np
@@ -58,8 +57,8 @@ def main(here):
         x = np.moveaxis(x, -1, 1).copy() if name == "image" else x
         with paddle.no_grad():
             outputs[name] = model(paddle.to_tensor(x)).numpy()
-        paddle.save(model.state_dict(), os.path.join(path, name + ".pdparams"))
-        paddle.save(model.state_dict(), os.path.join(path, name + "_protocol2.pdparams"), protocol=2)
+        paddle.save(model.state_dict(), str(path / (name + ".pdparams")))
+        paddle.save(model.state_dict(), str(path / (name + "_protocol2.pdparams")), protocol=2)
     record(path, outputs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib.metadata import version
 
@@ -18,8 +17,8 @@ def main(here):
     path = folder(here, "safetensors", version("safetensors"))
     tensors = {name: np.ascontiguousarray(values(name, shape)).reshape(shape) for name, shape in SHAPES.items()}
     tensors.update({"of." + name: (values(name, (3,)) * 8).astype(name) for name in DTYPES})
-    save_file(tensors, os.path.join(path, "arrays.safetensors"))
-    save_file(tensors, os.path.join(path, "metadata.safetensors"), metadata={"format": "np"})
+    save_file(tensors, str(path / "arrays.safetensors"))
+    save_file(tensors, str(path / "metadata.safetensors"), metadata={"format": "np"})
 
 
 if __name__ == "__main__":

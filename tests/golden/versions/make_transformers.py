@@ -88,14 +88,13 @@ def main(here):
             )[0].numpy()
         assert np.abs(y - theirs).max() < 1e-5 * max(1, np.abs(y).max()), name
         outputs[name] = y
-        with open(os.path.join(path, name + ".msgpack"), "wb") as file:
-            file.write(serialization.to_bytes(model.params))
+        (path / (name + ".msgpack")).write_bytes(serialization.to_bytes(model.params))
         state, seen = {}, set()
         for key, tensor in twin.state_dict().items():
             if tensor.data_ptr() not in seen:  # as save_pretrained leaves tied weights out
                 seen.add(tensor.data_ptr())
                 state[key] = tensor.contiguous()
-        save_file(state, os.path.join(path, name + ".safetensors"), metadata={"format": "pt"})
+        save_file(state, str(path / (name + ".safetensors")), metadata={"format": "pt"})
     record(path, outputs, {name: PIXELS if name == "vit" else TOKENS for name in outputs})
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -28,8 +28,8 @@ def inputs(case):
 
 def folder(here, framework, version):
     """The folder of one version's files."""
-    path = os.path.join(here, framework + "-" + version)
-    os.makedirs(path, exist_ok=True)
+    path = (Path(here) / (framework + "-" + version)).resolve()
+    path.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -38,15 +38,14 @@ def record(path, outputs, of=None):
     arrays = {"y/" + name: np.asarray(y) for name, y in outputs.items()}
     cases = {name.split("_")[0] for name in outputs}
     arrays.update({"x/" + case: inputs(case) if of is None else of[case] for case in sorted(cases)})
-    np.savez_compressed(os.path.join(path, "outputs.npz"), **arrays)
+    np.savez_compressed(str(path / "outputs.npz"), **arrays)
 
 
 def packed(path):
     """A folder as a zip of the same name."""
-    with zipfile.ZipFile(path + ".zip", "w", zipfile.ZIP_DEFLATED) as file:
-        for at, _, names in sorted(os.walk(path)):
-            for name in sorted(names):
-                whole = os.path.join(at, name)
-                with open(whole, "rb") as part:
-                    file.writestr(zipfile.ZipInfo(os.path.relpath(whole, path)), part.read(), zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(str(path) + ".zip", "w") as file:
+        for part in sorted(path.rglob("*")):
+            if part.is_file():
+                name = zipfile.ZipInfo(part.relative_to(path).as_posix())
+                file.writestr(name, part.read_bytes(), zipfile.ZIP_DEFLATED)
     shutil.rmtree(path)
