@@ -11,6 +11,7 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
+import neutral
 from neutral.canon import canonical_layers
 from neutral.canonical import CanonicalLayer
 from neutral.conventions.onnx import ONNX
@@ -226,6 +227,21 @@ def test_a_slope_belongs_to_the_axis_that_it_reaches(
     assert (
         (layer.kind, layer.tensors["slope"].data.shape) == ("prelu", expected) if expected else layer.kind == "unknown"
     )
+
+
+def test_names_with_a_slash_in_front_stay_inside_a_folder(tmp_path: Path) -> None:
+    """Torch's older exporter calls its nodes and constants so, such as those of a group norm."""
+    stored = numpy_helper.from_array(normal(4, 1, 1))
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["/m"], name="/MatMul"),
+        helper.make_node("Constant", [], ["/gn/Constant_2_output_0"], value=stored),
+        helper.make_node("Mul", ["/m", "/gn/Constant_2_output_0"], ["/gn/Mul_output_0"], name="/gn/Mul"),
+    ]
+    source = model_of(tmp_path / "x.onnx", nodes, {"w": normal(4, 4)}, {"x": ["n", 4, 4, 4]})
+    with neutral.export_model(source, tmp_path / "x.nwt") as archive:
+        assert sorted(archive.names()) == ["MatMul/kernel", "gn/Constant_2_output_0/value"]
+    neutral.import_model(tmp_path / "x.nwt", into=source, out=tmp_path / "y.onnx")
+    assert neutral.diff(source, tmp_path / "y.onnx").same
 
 
 @pytest.mark.parametrize(("axis", "scale", "shape", "kind"), [
