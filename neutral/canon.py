@@ -21,6 +21,8 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
+
 from neutral import rules
 from neutral.canonical import CROSSING, SPATIAL, CanonicalLayer, CanonicalTensor
 from neutral.conventions.forms import (
@@ -39,7 +41,7 @@ from neutral.conventions.hints import kind_hint, settings_known, ways
 from neutral.crossing import WITH_SPACE, Crossing, Seen, Told, flattened
 from neutral.errors import BadFile, BadLayout, Problem, Refused, an, named, raise_all
 from neutral.layout import Layout, layout
-from neutral.native import NativeLayer, NativeModel, NativeTensor, Tensor, stack
+from neutral.native import NativeLayer, NativeModel, NativeTensor, Tensor, from_array, stack
 from neutral.schema.kinds import KINDS, LABELS, Evidence
 
 
@@ -307,7 +309,7 @@ def foreign_names(convention: Convention) -> str:
     framework = convention.framework
     return (
         f"no kind has tensors of these names: rename them as layers of {framework} have them, "
-        f"or fill a {framework} template of the same names"
+        f"or fill a template of {framework} with the same names"
     )
 
 
@@ -502,7 +504,11 @@ def _part_tensors(
         data = _gather([t.data for t in natives], names, row)
         crossed = row_channels(row, bound.part.kind, channels)
         way = row_layout(row, bound.part.kind, crossed, convention.flatten)
-        data = way.to_canonical(data, _sizes(bound.sizes, row, crossed))
+        sizes = _sizes(bound.sizes, row, crossed)
+        if identity is not None and _moves(way, data, sizes):
+            # One tensor of the file in two layouts is two parameters: a kernel, and its transpose in another layer.
+            identity = (identity, way)
+        data = way.to_canonical(data, sizes)
         if row.rule in rules.BIAS_RULES:
             data = rules.two_sides(row.rule, data, _side_axis(row))
         for role in expand(row.role):
@@ -510,6 +516,12 @@ def _part_tensors(
             axes, labels = canonical_axes(bound.part.kind, role.text, len(view.shape), bool(_directed(row)))
             tensors[role.text] = CanonicalTensor(view, axes, labels, origin, identity)
     return tensors
+
+
+def _moves(way: Layout, data: Tensor, sizes: Mapping[str, int]) -> bool:
+    """True if a layout stores the elements in another order than the canonical one."""
+    same = from_array(np.broadcast_to(np.zeros((), data.dtype), data.shape))
+    return not way.to_canonical(same, sizes).streams
 
 
 def _gather(parts: Sequence[Tensor], names: Sequence[Name], row: Row) -> Tensor:

@@ -40,6 +40,13 @@ A file of the whole model, or a template, needs neither. Wrong: {wrong}.
 
 """
 
+WORDS = {
+    "an attention of the": "an ONNX model has an attention as products of matrices, which are dense layers to neutral; import it into a model that has them so",
+    "no kernel_raw": "torch and Paddle divide by a stored estimate of the norm, which a plain kernel does not have",
+    "a recurrent bias of the new gate": "NNX's GRUCell has no recurrent bias, and that of the source is not zero",
+}
+"""Reasons as a reader of the table needs them, by the beginning of what the refusal says."""
+
 TOLD = {"kinds": "k", "flatten": "f", "mapping": "m"}
 
 
@@ -50,6 +57,7 @@ class Notes:
         self.listed: list[str] = []
 
     def number(self, reason: str) -> int:
+        reason = next((words for start, words in WORDS.items() if reason.startswith(start)), reason)
         if reason not in self.listed:
             self.listed.append(reason)
         return self.listed.index(reason) + 1

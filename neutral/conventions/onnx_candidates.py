@@ -201,6 +201,18 @@ def _group_norm(scope: Scope, node: NodeProto, candidate: Candidate) -> bool:
     return True
 
 
+def _over_axes(scope: Scope, node: NodeProto, candidate: Candidate) -> bool:
+    """A norm over the last axes has a scale of just these; ONNX's may be stretched over some, or over more."""
+    axis = candidate.config.get("axis", -1)
+    rank = None if axis < 0 else rank_of(scope, node.inputs[0])
+    count = -axis if axis < 0 else None if rank is None else rank - axis
+    if count is None:
+        candidate.config["odd"] = f"axis {axis} of a value whose number of axes the graph does not say"
+    elif any(len(e.shape) != count for e in candidate.expressions.values()):
+        candidate.config["odd"] = f"a scale or bias stretched over {count} axes"
+    return True
+
+
 def _prelu(scope: Scope, node: NodeProto, candidate: Candidate) -> bool:
     slope = candidate.expressions["slope"]
     shape = slope.shape
@@ -240,6 +252,7 @@ _FITTING: Mapping[str, Callable[[Scope, NodeProto, Candidate], bool]] = {
     "BatchNormalization": _vectors,
     "InstanceNormalization": _vectors,
     "GroupNormalization": _group_norm,
+    **dict.fromkeys(("LayerNormalization", "RMSNormalization"), _over_axes),
     "PRelu": _prelu,
     **dict.fromkeys(RECURRENT, _recurrent),
 }

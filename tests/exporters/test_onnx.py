@@ -228,6 +228,25 @@ def test_a_slope_belongs_to_the_axis_that_it_reaches(
     )
 
 
+@pytest.mark.parametrize(("axis", "scale", "shape", "kind"), [
+    (-1, (4,), ["n", 4, 4, 4], "layer_norm"),
+    (-2, (4, 4), ["n", 4, 4, 4], "layer_norm"),
+    (2, (4, 4), ["n", 4, 4, 4], "layer_norm"),
+    (-1, (4, 4), ["n", 4, 4, 4], "unknown"),
+    (1, (4,), ["n", 4, 4, 4], "unknown"),
+    (2, (4, 4), None, "unknown"),
+])  # fmt: skip
+@pytest.mark.parametrize("op", ["LayerNormalization", "RMSNormalization"])
+def test_a_norm_whose_scale_is_stretched_is_kept_as_it_is(
+    op: str, axis: int, scale: tuple[int, ...], shape: list[Any] | None, kind: str, tmp_path: Path
+) -> None:
+    """No other framework has a scale per position of a norm over one axis, and equal sizes would fit."""
+    norm = node(op, "x s", "y", axis=axis)
+    path = model_of(tmp_path / "x.onnx", [norm], {"s": normal(*scale)}, {"x": shape}, opset=23)  # type: ignore[dict-item]
+    expected = "rms_norm" if kind == "layer_norm" and op[0] == "R" else kind
+    assert [layer.kind for layer in layers(path).values()] == [expected]
+
+
 def test_a_group_norm_with_one_scale_a_group_is_kept_as_it_is(tmp_path: Path) -> None:
     weights = {"s": normal(2), "b": normal(2)}
     norm = node("GroupNormalization", "x s b", "y", num_groups=2)

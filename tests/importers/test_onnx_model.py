@@ -373,3 +373,26 @@ def test_settings_of_a_convolution(tmp_path: Path) -> None:
     assert attributes(node) == {
         "auto_pad": b"SAME_UPPER", "dilations": [1, 1], "group": 2, "kernel_shape": [3, 2], "strides": [2, 1],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["x.onnx", "x.safetensors", "x.pt"])
+def test_a_kernel_that_another_layer_takes_transposed(name: str, tmp_path: Path) -> None:
+    """x · Wᵀ · W, of which a new file must not make x · Wᵀ · Wᵀ: the two are of one tensor, and not tied."""
+    source, out = tmp_path / "w.onnx", tmp_path / "out" / name
+    out.parent.mkdir()
+    kernel = R(4, 4)
+    nodes = [
+        onnx.helper.make_node("Gemm", ["x", "a.weight"], ["m"], transB=1),
+        onnx.helper.make_node("MatMul", ["m", "a.weight"], ["y"]),
+    ]
+    info = [onnx.helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, ["n", 4]) for value in "xy"]
+    graph = onnx.helper.make_graph(nodes, "g", info[:1], info[1:], [onnx.numpy_helper.from_array(kernel, "a.weight")])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10), source)
+    neutral.convert(source, out)
+    if name == "x.onnx":
+        x = R(3, 4)
+        np.testing.assert_allclose(run_onnx(out, x)[0], x @ kernel.T @ kernel, atol=1e-5)
+    kinds = {"*": "dense"} if name != "x.onnx" else {}
+    with neutral.export_model(out, tmp_path / "x.nwt", kinds=kinds) as archive:
+        found = sorted(archive.tensor(tensor).read().tobytes() for tensor in archive.names())
+    assert found == sorted([kernel.tobytes(), kernel.T.tobytes()])
