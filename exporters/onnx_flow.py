@@ -22,6 +22,7 @@ SPACE = {1: ("width",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 Sizes = tuple[int | None, ...]
 _LARGEST = 1 << 48
 """More elements than an axis can have."""
+_MOST_CASTS = 4
 
 
 class Inexpressible(Exception):
@@ -240,6 +241,12 @@ class Builder:
             if root in self._images:
                 self._images.add(first)
 
+    def holds(self, x: Flow, y: Flow) -> None:
+        """The output at hand is `y`, which has an element for each of `x`, in the same order."""
+        self.alike(x, y)
+        if x.channels:
+            self.flows[self.node.outputs[0]] = replace(y, channels=x.channels)
+
     def image(self, *flows: Flow) -> None:
         """The second axis of these values is channels, those behind it are space."""
         self._images.update(self._root(flow.value) for flow in flows if flow.rank > 2)
@@ -307,16 +314,7 @@ class Builder:
 
     def scalar(self, value: str) -> float | None:
         """The number that a stored tensor of one element is."""
-        maker = self.scope.makers.get(value)
-        if maker is not None and maker.op_type == "CastLike":
-            return self.scalar(maker.inputs[0])
-        if maker is not None and maker.op_type == "Constant" and "value" not in maker.attributes:
-            given = maker.attributes.get("value_float", maker.attributes.get("value_int"))
-            return float(given) if isinstance(given, int | float) else None
-        stored = self.scope.constant(value)
-        if stored is None or any(n != 1 for n in stored.shape):
-            return None
-        return float(forward(stored).read().reshape(()).astype("float64"))
+        return scalar_of(self.scope, value)
 
     def constant(self, number: float, dtype: str) -> str:
         """A Constant node of the graph, one for each number."""
@@ -335,6 +333,23 @@ class Builder:
             for name, sizes in self.sizes.items()
         }
         return Graph(inputs=tuple(inputs), outputs=tuple(outputs), values=values, nodes=tuple(nodes))
+
+
+def scalar_of(scope: Scope, value: str) -> float | None:
+    """The number that a stored tensor of one element is, or that stands in the attributes of a node."""
+    maker = scope.makers.get(value)
+    for _ in range(_MOST_CASTS):
+        if maker is None or maker.op_type != "CastLike" or not maker.inputs:
+            break
+        value = maker.inputs[0]
+        maker = scope.makers.get(value)
+    if maker is not None and maker.op_type == "Constant" and "value" not in maker.attributes:
+        given = maker.attributes.get("value_float", maker.attributes.get("value_int"))
+        return float(given) if isinstance(given, int | float) else None
+    stored = scope.constant(value)
+    if stored is None or any(n != 1 for n in stored.shape):
+        return None
+    return float(forward(stored).read().reshape(()).astype("float64"))
 
 
 def dtype_name(code: int) -> str:

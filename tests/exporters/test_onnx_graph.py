@@ -88,7 +88,7 @@ def assert_same_everywhere(path: Path, tmp_path: Path, x: Array, to: Sequence[st
     image, made_image = ("channel" in graph.values[value].axes for value in (graph.inputs[0], graph.outputs[0]))
     for suffix in to:
         out = tmp_path / f"again.{suffix}"
-        neutral.import_model(tmp_path / "model.nwt", out=out)
+        neutral.import_model(tmp_path / "model.nwt", out=out, force=True)
         if suffix == "onnx":
             found = run_onnx(out, x)
         elif suffix == "pt2":
@@ -292,6 +292,123 @@ def test_first_states(tmp_path: Path) -> None:
     assert_same_everywhere(path, tmp_path, R(3, 6, 5), ("onnx", "pt2"))
 
 
+# --- several operators that are one ---
+
+
+def norm(axes: str, last: str = "n") -> list[Any]:
+    """(x - mean) / sqrt(mean of squares + eps)."""
+    return [
+        op("ReduceMean", f"h {axes}", "m"), op("Sub", "h m", "d"), op("Pow", "d two", "q"), op("ReduceMean", f"q {axes}", "v"),
+        op("Add", "v eps", "e"), op("Sqrt", "e", "s"), op("Div", "d s", last),
+    ]  # fmt: skip
+
+
+def floats(**numbers: float) -> dict[str, Array]:
+    return {name: np.asarray(number, np.float32) for name, number in numbers.items()}
+
+
+ROOT_OF_PI = float(np.sqrt(2 / np.pi))
+IDIOMS: dict[str, tuple[str, list[Any], dict[str, Array]]] = {
+    "layer norm": (
+        "LayerNormalization",
+        [*norm("last"), op("Mul", "n norm.weight", "w"), op("Add", "w norm.bias", "y")],
+        {"norm.weight": weight(4), "norm.bias": weight(4), "last": whole(-1), **floats(two=2, eps=7e-4)},
+    ),
+    "layer norm without a bias": (
+        "LayerNormalization",
+        [*norm("last"), op("Mul", "norm.weight n", "y")],
+        {"norm.weight": weight(4), "last": whole(-1), **floats(two=2, eps=7e-4)},
+    ),
+    "rms norm": (
+        "RMSNormalization",
+        [op("Mul", "h h", "q"), op("ReduceMean", "q last", "v"), op("Add", "eps v", "e"), op("Sqrt", "e", "s"),
+         op("Reciprocal", "s", "r"), op("Mul", "r h", "n"), op("Mul", "n norm.weight", "y")],
+        {"norm.weight": weight(4), "last": whole(-1), **floats(eps=7e-4)},
+    ),
+    "rms norm by a power": (
+        "RMSNormalization",
+        [op("Pow", "h two", "q"), op("ReduceMean", "q last", "v"), op("Add", "v eps", "e"), op("Pow", "e half", "r"),
+         op("Mul", "h r", "n"), op("Mul", "norm.weight n", "y")],
+        {"norm.weight": weight(4), "last": whole(-1), **floats(two=2, half=-0.5, eps=7e-4)},
+    ),
+    "swish": ("Swish", [op("Sigmoid", "h", "s"), op("Mul", "s h", "y")], {}),
+    "hard swish": ("HardSwish", [op("HardSigmoid", "h", "s", alpha=1 / 6), op("Mul", "h s", "y")], {}),
+    "mish": ("Mish", [op("Softplus", "h", "s"), op("Tanh", "s", "t"), op("Mul", "h t", "y")], {}),
+    "softplus": (
+        "Softplus",
+        [op("Softplus", "h", "s"), op("Greater", "h limit", "g"), op("Where", "g h s", "y")],
+        floats(limit=20),
+    ),
+    "gelu": (
+        "Gelu",
+        [op("Div", "h root", "d"), op("Erf", "d", "e"), op("Add", "e one", "a"), op("Mul", "h a", "p"), op("Mul", "p half", "y")],
+        floats(root=float(np.sqrt(2)), one=1, half=0.5),
+    ),
+    "gelu, halved first": (
+        "Gelu",
+        [op("Mul", "h root", "d"), op("Erf", "d", "e"), op("Add", "one e", "a"), op("Mul", "half h", "p"), op("Mul", "p a", "y")],
+        floats(root=float(np.sqrt(0.5)), one=1, half=0.5),
+    ),
+    "gelu, approximated": (
+        "Gelu",
+        [op("Pow", "h three", "c"), op("Mul", "c small", "k"), op("Add", "h k", "l"), op("Mul", "l root", "d"), op("Tanh", "d", "e"),
+         op("Add", "e one", "a"), op("Mul", "h a", "p"), op("Mul", "p half", "y")],
+        floats(three=3, small=0.044715, root=ROOT_OF_PI, one=1, half=0.5),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IDIOMS)
+def test_several_operators_are_one(name: str, tmp_path: Path) -> None:
+    kind, nodes, given = IDIOMS[name]
+    path = saved(
+        tmp_path / "a.onnx",
+        [op("MatMul", "x fc.weight", "h"), *nodes],
+        {"fc.weight": weight(5, 4), **given},
+        ("n", 6, 5),
+    )
+    expected = f"{kind} norm" if "norm" in name else kind
+    assert told(graph_of(path, tmp_path)) == ["Gemm fc", expected]
+    assert_same_everywhere(path, tmp_path, 2 * R(2, 6, 5))
+
+
+@pytest.mark.parametrize("channels", [6, 3])
+def test_a_group_norm_of_older_operator_sets(channels: int, tmp_path: Path) -> None:
+    nodes = [
+        op("Conv", "x c.weight", "h"), op("Reshape", "h groups", "g"), op("InstanceNormalization", "g ones zeros", "i", epsilon=7e-4),
+        op("Shape", "h", "s"), op("Reshape", "i s", "b"), op("Mul", "b n.weight", "w"), op("Add", "w n.bias", "y"),
+    ]  # fmt: skip
+    given = {"c.weight": weight(channels, 2, 2, 2), "groups": whole(0, 3, -1), "ones": np.ones(3, np.float32)}
+    given |= {"zeros": np.zeros(3, np.float32), "n.weight": weight(channels, 1, 1), "n.bias": weight(1, channels, 1, 1)}
+    path = saved(tmp_path / "a.onnx", nodes, given, ("n", 2, 5, 4))
+    assert told(graph_of(path, tmp_path)) == ["Conv c", "GroupNormalization n"]
+    assert_same_everywhere(path, tmp_path, R(2, 2, 5, 4))
+
+
+def test_what_is_almost_one_operator_stays_as_it_is(tmp_path: Path) -> None:
+    """Another limit, another root, a value in the middle that is used elsewhere."""
+    nodes = [op("MatMul", "x fc.weight", "h"), op("Sigmoid", "h", "s"), op("Mul", "s h", "p"), op("Add", "p s", "y")]
+    path = saved(tmp_path / "a.onnx", nodes, {"fc.weight": weight(5, 4)}, ("n", 6, 5))
+    assert told(graph_of(path, tmp_path))[1:] == ["Sigmoid", "Mul", "Add"]
+    assert_same_everywhere(path, tmp_path, R(2, 6, 5))
+    _, nodes, given = IDIOMS["gelu"]
+    path = saved(
+        tmp_path / "b.onnx",
+        [op("MatMul", "x fc.weight", "h"), *nodes],
+        {"fc.weight": weight(5, 4), **given, **floats(root=1.4)},
+        ("n", 6, 5),
+    )
+    assert told(graph_of(path, tmp_path))[1:] == ["Constant", "Div", "Erf", "Constant", "Add", "Mul", "Constant", "Mul"]
+    assert_same_everywhere(path, tmp_path, R(2, 6, 5), ("onnx", "pt2"))
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_mean_of_all_of_space_is_a_pooling(kept: int, tmp_path: Path) -> None:
+    nodes = [op("Conv", "x c.weight", "h"), op("ReduceMean", "h space", "y", keepdims=kept)]
+    path = saved(tmp_path / "a.onnx", nodes, {"c.weight": weight(3, 2, 2, 2), "space": whole(-1, -2)}, ("n", 2, 5, 4))
+    assert_same_everywhere(path, tmp_path, R(2, 2, 5, 4))
+
+
 # --- what there is no graph of ---
 
 
@@ -332,6 +449,37 @@ def test_an_input_of_unknown_rank(tmp_path: Path) -> None:
     onnx.save(model, path)
     manifest = exported(path, tmp_path)
     assert manifest.graph is None and "a shape that is not known" in manifest.notes[-1]
+
+
+# --- files that mean harm ---
+
+
+def test_sizes_that_take_forever_to_compute(tmp_path: Path) -> None:
+    """Each number of a chain is used twice by the next one, and each is the square of the one before."""
+    for kind in ("Add", "Mul"):
+        chain = [op("Shape", "x", "n0"), *(op(kind, f"n{i} n{i}", f"n{i + 1}") for i in range(60))]
+        nodes = [*chain, op("Gemm", "x w", "h"), op("Reshape", "h n60", "y")]
+        path = saved(tmp_path / f"{kind}.onnx", nodes, {"w": weight(3, 4)}, (7, 3))
+        assert exported(path, tmp_path).graph is None
+
+
+def test_a_tower_of_tiles(tmp_path: Path) -> None:
+    nodes = [
+        op("Gemm", "x w", "v0"),
+        *(op("Tile", f"v{i} many", f"v{i + 1}") for i in range(40)),
+        op("Relu", "v40", "y"),
+    ]
+    path = saved(tmp_path / "a.onnx", nodes, {"w": weight(3, 4), "many": whole(1, 1 << 40)}, (7, 3))
+    manifest = exported(path, tmp_path)
+    assert manifest.graph is None and "a value of sizes" in manifest.notes[-1]
+
+
+def test_one_name_for_many_nodes(tmp_path: Path) -> None:
+    count = 3000
+    nodes = [helper.make_node("Gemm", [f"v{i}", "w"], [f"v{i + 1}"], name="same") for i in range(count)]
+    nodes = [op("Identity", "x", "v0"), *nodes, op("Relu", f"v{count}", "y")]
+    manifest = exported(saved(tmp_path / "a.onnx", nodes, {"w": weight(3, 3)}, ("n", 3)), tmp_path)
+    assert manifest.graph is not None and len(manifest.graph.nodes) == count + 1
 
 
 # --- older operator sets ---
