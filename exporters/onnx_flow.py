@@ -14,12 +14,15 @@ from neutral.containers.onnx import NodeProto
 from neutral.containers.onnx_constants import forward
 from neutral.containers.onnx_tensors import DTYPES
 from neutral.conventions.onnx_scope import Scope
-from neutral.exporters.onnx_numbers import numbers_of
+from neutral.exporters.onnx_numbers import Computing
 from neutral.schema.graph import Attribute, Graph, Node, Value
 
 SPACE = {1: ("width",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
 Sizes = tuple[int | None, ...]
+_LARGEST = 1 << 48
+"""More elements than an axis can have."""
+_MOST_CASTS = 4
 
 
 class Inexpressible(Exception):
@@ -83,6 +86,10 @@ class Builder:
         self._images: set[str] = set()
         self._taken: set[str] = set()
         self._names: set[str] = set()
+        self.zeros: dict[str, bool] = {}
+        """Which first states of recurrent layers are nothing but zeros."""
+        self._counts: dict[str, int] = {}
+        self._computing = Computing(scope, self.shape_of)
         self.given_out: set[str] = set()
         self._turned: dict[tuple[str, tuple[int, ...]], str] = {}
         self._numbers: dict[tuple[str, str], str] = {}
@@ -90,14 +97,21 @@ class Builder:
     # Values.
 
     def fresh(self, name: str) -> str:
-        found, count = name or "value", 1
-        while found in self._taken:
-            found, count = f"{name}#{count}", count + 1
-        self._taken.add(found)
+        return self._unlike(name or "value", self._taken)
+
+    def _unlike(self, name: str, taken: set[str]) -> str:
+        """The name, with a number behind it if it is taken; which it is then."""
+        found = name
+        while found in taken:
+            self._counts[name] = self._counts.get(name, 0) + 1
+            found = f"{name}#{self._counts[name]}"
+        taken.add(found)
         return found
 
     def describe(self, name: str, sizes: Sizes, dtype: str) -> str:
         """A new value of the graph."""
+        if any(n is not None and not 0 <= n < _LARGEST for n in sizes):
+            raise Inexpressible(f"a value of sizes {sizes}")
         name = self.fresh(name)
         self.sizes[name], self.dtypes[name] = sizes, dtype
         return name
@@ -183,11 +197,7 @@ class Builder:
 
     def node_name(self, wanted: str) -> str:
         """A name that no node has yet."""
-        unique, count = wanted or "node", 1
-        while unique in self._names:
-            unique, count = f"{wanted}#{count}", count + 1
-        self._names.add(unique)
-        return unique
+        return self._unlike(wanted or "node", self._names)
 
     def make(
         self,
@@ -231,13 +241,22 @@ class Builder:
             if root in self._images:
                 self._images.add(first)
 
+    def holds(self, x: Flow, y: Flow) -> None:
+        """The output at hand is `y`, which has an element for each of `x`, in the same order."""
+        self.alike(x, y)
+        if x.channels:
+            self.flows[self.node.outputs[0]] = replace(y, channels=x.channels)
+
     def image(self, *flows: Flow) -> None:
         """The second axis of these values is channels, those behind it are space."""
         self._images.update(self._root(flow.value) for flow in flows if flow.rank > 2)
 
     def _root(self, value: str) -> str:
+        way = []
         while value in self._alike:
+            way.append(value)
             value = self._alike[value]
+        self._alike.update(dict.fromkeys(way, value))
         return value
 
     def axes(self, value: str) -> tuple[str, ...]:
@@ -266,7 +285,7 @@ class Builder:
         """A list of whole numbers: an input, or in older operator sets an attribute; None if there is none."""
         value = self.value_of(place)
         if value:
-            return numbers_of(self.scope, self.shape_of, value)
+            return self._computing.numbers(value)
         given = self.node.attributes.get(attribute) if attribute else None
         return tuple(n for n in given if type(n) is int) if isinstance(given, tuple) else None
 
@@ -295,16 +314,7 @@ class Builder:
 
     def scalar(self, value: str) -> float | None:
         """The number that a stored tensor of one element is."""
-        maker = self.scope.makers.get(value)
-        if maker is not None and maker.op_type == "CastLike":
-            return self.scalar(maker.inputs[0])
-        if maker is not None and maker.op_type == "Constant" and "value" not in maker.attributes:
-            given = maker.attributes.get("value_float", maker.attributes.get("value_int"))
-            return float(given) if isinstance(given, int | float) else None
-        stored = self.scope.constant(value)
-        if stored is None or any(n != 1 for n in stored.shape):
-            return None
-        return float(forward(stored).read().reshape(()).astype("float64"))
+        return scalar_of(self.scope, value)
 
     def constant(self, number: float, dtype: str) -> str:
         """A Constant node of the graph, one for each number."""
@@ -323,6 +333,23 @@ class Builder:
             for name, sizes in self.sizes.items()
         }
         return Graph(inputs=tuple(inputs), outputs=tuple(outputs), values=values, nodes=tuple(nodes))
+
+
+def scalar_of(scope: Scope, value: str) -> float | None:
+    """The number that a stored tensor of one element is, or that stands in the attributes of a node."""
+    maker = scope.makers.get(value)
+    for _ in range(_MOST_CASTS):
+        if maker is None or maker.op_type != "CastLike" or not maker.inputs:
+            break
+        value = maker.inputs[0]
+        maker = scope.makers.get(value)
+    if maker is not None and maker.op_type == "Constant" and "value" not in maker.attributes:
+        given = maker.attributes.get("value_float", maker.attributes.get("value_int"))
+        return float(given) if isinstance(given, int | float) else None
+    stored = scope.constant(value)
+    if stored is None or any(n != 1 for n in stored.shape):
+        return None
+    return float(forward(stored).read().reshape(()).astype("float64"))
 
 
 def dtype_name(code: int) -> str:

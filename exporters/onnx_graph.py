@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from neutral.containers.onnx import ModelProto, NodeProto, named_tensors
+from neutral.containers.onnx import ModelProto, NodeProto, ValueInfo, named_tensors
 from neutral.conventions.onnx import RECURRENT
 from neutral.conventions.onnx_layers import FoundLayer, FoundLayers
 from neutral.conventions.onnx_scope import Scope, subgraphs
 from neutral.errors import printable
+from neutral.exporters.onnx_activations import activation, fused_activations
 from neutral.exporters.onnx_flow import Builder, Flow, Inexpressible, Sizes, dtype_name
 from neutral.exporters.onnx_operators import OPERATORS
 from neutral.exporters.onnx_recurrence import followed, recurrent
@@ -59,14 +60,25 @@ class _Walk:
         self.where = ""
         self.layers: dict[int, tuple[FoundLayer, NodeProto | None]] = {}
         self.added: set[int] = set()
+        self.calls: dict[int, tuple[FoundLayer, NodeProto]] = {}
+        """The last one of several nodes that are a layer, and the one node that stands for all."""
+        self.fused = fused_activations(scope)
+        self.added |= {id(node) for one in self.fused.values() for node in one.inner}
         for layer in found.layers:
             if layer.cls is not None:
                 self._place(layer)
 
     def _place(self, layer: FoundLayer) -> None:
         """The nodes of a layer; behind one of them may stand the Add of its bias."""
+        for call in layer.calls:
+            *inner, last = call.nodes
+            self.added |= {id(node) for node in inner}
+            self.calls[id(last)] = (
+                layer,
+                replace(last, op_type=str(layer.cls), inputs=(call.source,), attributes=layer.config),
+            )
         main: NodeProto | None = None
-        for node in layer.nodes:
+        for node in layer.nodes if not layer.calls else ():
             if node.op_type == layer.cls:
                 main = node
                 self.layers[id(node)] = layer, None
@@ -76,7 +88,7 @@ class _Walk:
 
     def graph(self) -> Graph:
         b, parsed = self.builder, self.scope.graph
-        inputs = [self._input(info.name) for info in parsed.inputs if info.name not in parsed.initializers]
+        inputs = [self._input(info) for info in parsed.inputs if info.name not in parsed.initializers]
         if not inputs:
             raise Inexpressible("no input")
         live = self._live()
@@ -86,10 +98,11 @@ class _Walk:
         outputs = [self._output(info.name, inputs) for info in parsed.outputs]
         return b.finished(inputs, outputs)
 
-    def _input(self, name: str) -> str:
-        b = self.builder
-        info = next(info for info in self.scope.graph.inputs if info.name == name)
+    def _input(self, info: ValueInfo) -> str:
+        b, name = self.builder, info.name
         self.where = name
+        if name in b.flows:
+            raise Inexpressible("two values of one name")
         if not info.shape:
             raise Inexpressible("an input of a shape that is not known")
         sizes: Sizes = tuple(n if type(n) is int else None for n in info.shape)
@@ -131,6 +144,17 @@ class _Walk:
         self.where = node.name or next(iter(node.outputs), node.op_type)
         if node.domain or next(subgraphs(node), None) is not None:
             raise Inexpressible(f"the operator {printable(f'{node.domain}.{node.op_type}'.lstrip('.'), 60)}")
+        if any(name in b.flows for name in node.outputs):
+            raise Inexpressible("two values of one name")
+        if id(node) in self.calls:
+            layer, b.node = self.calls[id(node)]
+            self._layer(b.node, layer)
+            return
+        if id(node) in self.fused:
+            one = self.fused[id(node)]
+            b.node = replace(node, inputs=(one.source,))
+            activation(b, one)
+            return
         if self._aside(node):
             return
         placed = self.layers.get(id(node))

@@ -5,6 +5,7 @@ A number is None where it depends on a size that is not known.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
@@ -23,6 +24,7 @@ Some = npt.NDArray[np.object_]
 
 _MOST_STEPS = 64
 _LONGEST = 64
+_LARGEST = 1 << 64
 _ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
     "Add": operator.add,
     "Sub": operator.sub,
@@ -34,38 +36,46 @@ _ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
 }
 
 
-def numbers_of(scope: Scope, shape_of: ShapeOf, value: str) -> Numbers | None:
-    """The numbers of a value in their order, or None if they are not a short list that can be told."""
-    found = _Computing(scope, shape_of).value(value)
-    return None if found is None else tuple(None if n is None else int(n) for n in found.reshape(-1))
-
-
-class _Computing:
-    """Node by node, from the constants and shapes on."""
+class Computing:
+    """The numbers of values, node by node from constants and shapes on; what was computed once is kept."""
 
     def __init__(self, scope: Scope, shape_of: ShapeOf) -> None:
         self.scope, self.shape_of = scope, shape_of
+        self._found: dict[str, Some | None] = {}
 
-    def value(self, name: str, depth: int = 0) -> Some | None:
+    def numbers(self, value: str) -> Numbers | None:
+        """The numbers of a value in their order, or None if they are not a short list that can be told."""
+        found = self._value(value, 0)
+        return None if found is None else tuple(None if n is None else int(n) for n in found.reshape(-1))
+
+    def _value(self, name: str, depth: int) -> Some | None:
         if not name or depth > _MOST_STEPS:
             return None
+        if name not in self._found:
+            self._found[name] = self._computed(name, depth)
+        return self._found[name]
+
+    def _computed(self, name: str, depth: int) -> Some | None:
         stored = self.scope.constant(name)
         if stored is not None:
             tensor = forward(stored)
             return tensor.read().astype(object) if tensor.size <= _LONGEST and tensor.dtype.kind in "iu" else None
         node = self.scope.makers.get(name)
-        if node is None or node.domain or len(node.inputs) > _LONGEST:
+        if node is None or node.domain or len(node.inputs) > _LONGEST or not node.outputs or node.outputs[0] != name:
             return None
         if node.op_type in ("Shape", "Size"):
             return _of_shape(node, self.shape_of(node.inputs[0]))
-        ins = [self.value(each, depth + 1) if each else None for each in node.inputs]
+        ins = [self._value(each, depth + 1) if each else None for each in node.inputs]
         if any(found is None for found, each in zip(ins, node.inputs, strict=True) if each):
             return None
         try:
             made = _made(node, ins)
         except (ArithmeticError, IndexError, TypeError, ValueError):
             return None
-        return made if made is not None and made.size <= _LONGEST else None
+        small = (
+            made is not None and made.size <= _LONGEST and all(n is None or abs(n) < _LARGEST for n in made.reshape(-1))
+        )
+        return made if small else None
 
 
 def _of_shape(node: NodeProto, shape: Numbers | None) -> Some | None:
@@ -94,15 +104,17 @@ def _known(found: Some | None) -> list[int] | None:
     return [operator.index(n) for n in found.reshape(-1)]
 
 
-def _made(node: NodeProto, ins: Sequence[Any]) -> Some | None:
+def _made(node: NodeProto, ins: Sequence[Any]) -> Any:
+    """What an operator makes of numbers: a `Some`, or None for an operator that is not known."""
+    attributes: Mapping[str, Any] = node.attributes
     match node.op_type:
         case "Constant":
-            value = node.attributes.get("value_ints", node.attributes.get("value_int"))
+            value = attributes.get("value_ints", attributes.get("value_int"))
             return _some(value) if isinstance(value, int | tuple) else None
         case "ConstantOfShape":
-            held = getattr(node.attributes.get("value"), "data", None)
+            held = getattr(attributes.get("value"), "data", None)
             shape = _known(ins[0]) or []
-            if any(n > _LONGEST for n in shape):
+            if math.prod(max(n, 0) for n in shape) > _LONGEST:
                 return None
             return np.full(shape, 0 if held is None else int(held.read().reshape(())), object)
         case "Cast" | "CastLike" | "Identity":
@@ -115,13 +127,13 @@ def _made(node: NodeProto, ins: Sequence[Any]) -> Some | None:
         case "Reshape":
             return _some(ins[0]).reshape(_known(ins[1]) or ())
         case "Squeeze":
-            axes = _known(ins[1]) if len(ins) > 1 else node.attributes.get("axes")
+            axes = _known(ins[1]) if len(ins) > 1 else attributes.get("axes")
             return np.squeeze(ins[0], None if axes is None else tuple(axes))
         case "Unsqueeze":
-            axes = _known(ins[1]) if len(ins) > 1 else node.attributes.get("axes")
+            axes = _known(ins[1]) if len(ins) > 1 else attributes.get("axes")
             return np.expand_dims(ins[0], tuple(axes or ()))
         case "Transpose":
-            return np.transpose(ins[0], node.attributes.get("perm"))
+            return np.transpose(ins[0], attributes.get("perm"))
         case "Slice":
             return _sliced(ins)
         case "ReduceProd":

@@ -24,16 +24,9 @@ def _same(*named: tuple[str, Any]) -> Rule:
         x = b.flow(b.value_of(0))
         given = {name: b.attribute(name, default) for name, default in named}
         y = b.make(b.node.op_type, [x], x.sizes, given, order=x.order)
-        _as(b, x, y)
+        b.holds(x, y)
 
     return rule
-
-
-def _as(b: Builder, x: Flow, y: Flow) -> None:
-    """An output that holds what an input holds."""
-    b.alike(x, y)
-    if x.channels:
-        b.flows[b.node.outputs[0]] = Flow(y.value, y.sizes, y.dtype, y.order, x.channels)
 
 
 def _float(name: str, default: float) -> tuple[str, float]:
@@ -49,7 +42,7 @@ def _dropout(b: Builder) -> None:
     x = b.flow(b.value_of(0))
     ratio = b.scalar(b.value_of(1)) if b.value_of(1) else b.attribute("ratio", 0.5)
     settings: dict[str, Attribute] = {"origin": "Dropout", "rate": float(0.5 if ratio is None else ratio)}
-    _as(b, x, b.make("Identity", [x], x.sizes, settings, order=x.order))
+    b.holds(x, b.make("Identity", [x], x.sizes, settings, order=x.order))
 
 
 def _softmax(b: Builder) -> None:
@@ -72,7 +65,7 @@ def _clip(b: Builder) -> None:
                 raise Inexpressible("a Clip whose bounds are computed")
         elif isinstance(b.attribute(name), float):
             bounds[name] = b.attribute(name)
-    _as(b, x, b.make("Clip", [x], x.sizes, bounds, order=x.order))
+    b.holds(x, b.make("Clip", [x], x.sizes, bounds, order=x.order))
 
 
 def _cast(b: Builder) -> None:
@@ -81,7 +74,7 @@ def _cast(b: Builder) -> None:
     if to == x.dtype:
         _passed(b)
         return
-    _as(b, x, b.make("Cast", [x], x.sizes, {"to": to}, order=x.order, dtype=to))
+    b.holds(x, b.make("Cast", [x], x.sizes, {"to": to}, order=x.order, dtype=to))
 
 
 def _cast_like(b: Builder) -> None:
@@ -522,6 +515,21 @@ def _depth_to_space(b: Builder) -> None:
     b.image(b.make(b.node.op_type, [x], (batch, *made), settings))
 
 
+_POOLING = {"ReduceMean": "GlobalAveragePool", "ReduceMax": "GlobalMaxPool"}
+
+
+def _global_reduction(b: Builder, x: Flow, kept: bool) -> None:
+    """A reduction of all of space is a pooling, which more frameworks have."""
+    op, sizes = _POOLING[b.node.op_type], (*x.sizes[:2], *(1 for _ in x.sizes[2:]))
+    b.image(x)
+    if kept:
+        b.image(b.make(op, [x], sizes))
+        return
+    pooled = b.part(op, x, sizes, {}, "pool")
+    b.image(pooled)
+    b.make("Flatten", [pooled], x.sizes[:2], {"axis": 1})
+
+
 def _reduce(b: Builder) -> None:
     x = b.take(b.value_of(0))
     axes = _axes(b, x.rank)
@@ -531,6 +539,9 @@ def _reduce(b: Builder) -> None:
             return
         raise Inexpressible(f"a {b.node.op_type} of the first axis")
     kept = bool(b.attribute("keepdims", 1))
+    if b.node.op_type in _POOLING and x.rank > 3 and axes == tuple(range(2, x.rank)):
+        _global_reduction(b, x, kept)
+        return
     sizes = tuple(1 if i in axes else n for i, n in enumerate(x.sizes) if kept or i not in axes)
     y = b.make(b.node.op_type, [x], sizes, {"axes": axes, "keepdims": int(kept)})
     if kept:

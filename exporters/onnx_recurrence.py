@@ -172,7 +172,7 @@ def _states(b: Builder, ways: int, batch_first: bool) -> list[Flow]:
     for name in names:
         if not name or _is_zero(b, name):
             raise Inexpressible("one of two first states")
-        lifted = b.flows.get(name)
+        lifted = _lifted(b.flows.get(name))
         if isinstance(lifted, Lifted):
             found.append([b.plain(part if isinstance(part, Flow) else b.settled(part)) for part in lifted.parts])
         else:
@@ -184,10 +184,11 @@ def _states(b: Builder, ways: int, batch_first: bool) -> list[Flow]:
 
 def _is_zero(b: Builder, name: str) -> bool:
     """True for states of nothing but zeros, which the graph makes or an exporter has stored."""
-    stored = b.scope.constant(name)
-    if stored is None or math.prod(stored.shape) > _LARGEST_STATE:
-        return b.scope.zero(name)
-    return not forward(stored).read().any()
+    if name not in b.zeros:
+        stored = b.scope.constant(name)
+        small = stored is not None and math.prod(stored.shape) <= _LARGEST_STATE
+        b.zeros[name] = not forward(stored).read().any() if stored is not None and small else b.scope.zero(name)
+    return b.zeros[name]
 
 
 def _unlifted(b: Builder, name: str, ways: int, batch_first: bool) -> Sequence[Flow]:
@@ -228,14 +229,18 @@ def _stacked(b: Builder) -> list[Lifted]:
     """States of several layers or directions along a first axis."""
     parts: list[Any] = []
     for name in b.node.inputs:
-        one = b.flows.get(name)
-        if isinstance(one, Lifted):
-            parts += one.parts
-        elif isinstance(one, Steps) and one.axes[0] == _WAYS:
-            parts += [_of_way(_without(one, {0}), way) for way in range(one.source.ways)]
-        else:
+        one = _lifted(b.flows.get(name))
+        if not isinstance(one, Lifted):
             return []
+        parts += one.parts
     return [Lifted(tuple(parts))] if parts and b.attribute("axis") == 0 else []
+
+
+def _lifted(one: Any) -> Any:
+    """The states of a recurrent layer as those of each direction."""
+    if not isinstance(one, Steps) or one.axes[0] != _WAYS:
+        return one
+    return Lifted(tuple(_of_way(_without(one, {0}), way) for way in range(one.source.ways)))
 
 
 def _picked(b: Builder, lifted: Lifted) -> list[Any]:

@@ -73,7 +73,33 @@ def layers_from_state_dict(
         state = tensor.state or local.rpartition(".")[2] in _STATE
         layers.setdefault(path, {})[local] = replace(tensor, state=state)
     raise_all(Refused, problems)
-    return tuple(_layer(path, local, (classes or {}).get(prefix + path)) for path, local in layers.items())
+    unsure = classes is None and any(_is_turned(local) for local in layers.values())
+    return tuple(
+        NativeLayer(path, LINEAR_OR_CONV1D, local)
+        if unsure and _is_square(local)
+        else _layer(path, local, (classes or {}).get(prefix + path))
+        for path, local in layers.items()
+    )
+
+
+LINEAR_OR_CONV1D: Final = "Linear or transformers.Conv1D"
+"""The class of a square layer in a model some of whose dense layers are turned: GPT-2's are (in, out), with torch's names."""
+
+
+def _is_turned(tensors: Mapping[str, NativeTensor]) -> bool:
+    """True for a matrix whose bias belongs to its second axis, as no layer of torch has it."""
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    if len(tensors) != 2 or weight is None or bias is None or len(weight.data.shape) != 2:
+        return False
+    rows, columns = weight.data.shape
+    return rows != columns and bias.data.shape == (columns,)
+
+
+def _is_square(tensors: Mapping[str, NativeTensor]) -> bool:
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    if len(tensors) != 2 or weight is None or bias is None or len(weight.data.shape) != 2:
+        return False
+    return weight.data.shape == (*bias.data.shape, *bias.data.shape)
 
 
 def _layer(path: str, tensors: Mapping[str, NativeTensor], known: ModuleClass | None) -> NativeLayer:

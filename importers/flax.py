@@ -33,7 +33,7 @@ from neutral.containers.tree import Path as Place
 from neutral.conventions.flax import PARAMS, SEPARATORS, STATISTICS, full_name, separator_of
 from neutral.conventions.flax_live import Place as LivePlace
 from neutral.conventions.flax_live import places, unboxed
-from neutral.errors import Problem, Refused, Unsupported, an, printable, raise_all
+from neutral.errors import Problem, Refused, WrongUsage, an, raise_all
 from neutral.native import Array, NativeModel, Tensor, from_array, stack
 from neutral.suffixes import suffix_of
 
@@ -215,9 +215,8 @@ def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = Fa
         others, kept = _beside(settings, manifest.source.format == "orbax")
         write_orbax(leaves, others, out, kept, force=force)
     else:
-        raise Unsupported(
-            Problem(str(out), f"the suffix {printable(out.suffix)}", f"{MSGPACK}, {SAFETENSORS} or {ORBAX[0]}")
-        )
+        expected = f"{MSGPACK}, {SAFETENSORS}, or {ORBAX[0]} or none for a folder of Orbax"
+        raise WrongUsage(Problem(str(out), f"the suffix {out.suffix}", expected, "choose another suffix"))
 
 
 def _linen_leaves(model: NativeModel) -> Iterator[tuple[Place, Tensor]]:

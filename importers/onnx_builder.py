@@ -41,6 +41,7 @@ class Builder:
         """Numbers of the graph, which become tensors of the dtype that they meet."""
         self._taken = {name for names in weights.values() for name in names.values()}
         self._node_names: set[str] = set()
+        self._counts: dict[str, int] = {}
         self.names: dict[str, str] = {}
         self.dtypes: dict[str, str] = {}
         for value in (*graph.inputs, *graph.outputs, *graph.values):
@@ -52,19 +53,20 @@ class Builder:
 
     def fresh(self, name: str) -> str:
         """A name that no value has yet: this one, or this one with a number behind it."""
-        found, count = name, 1
-        while found in self._taken:
-            found, count = f"{name}_{count}", count + 1
-        self._taken.add(found)
+        return self._unlike(name, self._taken)
+
+    def _unlike(self, name: str, taken: set[str]) -> str:
+        found = name
+        while found in taken:
+            self._counts[name] = self._counts.get(name, 0) + 1
+            found = f"{name}_{self._counts[name]}"
+        taken.add(found)
         return found
 
     def add(
         self, op: str, inputs: Sequence[str], outputs: Sequence[str], name: str, attributes: Mapping[str, Attribute]
     ) -> None:
-        unique, count = name, 1
-        while unique in self._node_names:
-            unique, count = f"{name}_{count}", count + 1
-        self._node_names.add(unique)
+        unique = self._unlike(name, self._node_names)
         self.nodes.append(Written(op, tuple(inputs), tuple(outputs), dict(attributes), unique))
 
     def shape(self, value: str) -> tuple[int | None, ...]:

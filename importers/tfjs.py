@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from neutral.containers.files import new_folder, refuse_inside, refuse_same
 from neutral.containers.tfjs_model import MODEL, open_tfjs, replace, write, write_again
 from neutral.conventions.tfjs import own_text
-from neutral.errors import Problem, Unsupported
+from neutral.errors import Problem, WrongUsage
 from neutral.native import NativeLayer, NativeModel, Tensor
 from neutral.suffixes import suffix_of
 
@@ -60,7 +60,8 @@ def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = Fa
     from neutral.importers.tfjs_config import layer_names, topology
 
     if suffix_of(out) not in (*FOLDERS, ".json"):
-        raise Unsupported(Problem(str(out), f"the suffix {out.suffix!r}", "a folder's name, .tfjs or .json"))
+        expected = "a folder's name, .tfjs or .json"
+        raise WrongUsage(Problem(str(out), f"the suffix {out.suffix}", expected, "choose another suffix"))
     own = own_text(manifest.source.settings) if manifest.source.framework == "tfjs" else None
     if own is not None and model.format == manifest.source.format:
         aside = (tensor for tensors in model.collections.values() for tensor in tensors)

@@ -7,7 +7,8 @@ for each canonical layer by the module that rebuilds that framework's models.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from neutral.canon import Written, binding_for, kind_advice, native_tensors, rec
 from neutral.canonical import CanonicalLayer, CanonicalTensor
 from neutral.conventions.forms import Convention, same_family
 from neutral.doubts import flatten_remark, undecided_problem
-from neutral.errors import Problem, Refused, an, raise_all
+from neutral.errors import Problem, Refused, an, named, raise_all
 from neutral.framework import Format, Framework
 from neutral.journey import Journey
 from neutral.native import NativeLayer, NativeModel, NativeTensor, from_array
@@ -53,7 +54,36 @@ def build_model(
     raise_all(Refused, journey.problems)
     if framework.by_place and native.graph is None and not described and not alike:
         journey.notes.append("no graph: weights in the order of the layers, for a model of the same layers to load")
+        if source.by_name:
+            raise_all(Refused, _order_unknown(native, framework))
     return native, manifest
+
+
+def _order_unknown(native: NativeModel, framework: Framework) -> list[Problem]:
+    """Layers of one class that stand in the order of their names, though the numbers in these do not count them up."""
+    groups: dict[str | None, list[str]] = {}
+    for layer in native.layers:
+        groups.setdefault(layer.cls, []).append(layer.path)
+    return [
+        Problem(
+            f"{', '.join(named(path) for path in paths[:5])}{', …' if len(paths) > 5 else ''}",
+            f"{len(paths)} layers of class {cls} in the order of their names",
+            f"the order in which they compute, for {framework.name} finds weights by their place",
+            "use --into TEMPLATE",
+        )
+        for cls, paths in groups.items()
+        if not _counted_up(paths)
+    ]
+
+
+def _counted_up(paths: Sequence[str]) -> bool:
+    """True if paths differ in their numbers alone, and these count up.
+
+    >>> _counted_up(["fc1", "fc2", "fc10"]), _counted_up(["head", "hidden"]), _counted_up(["fc1", "fc10", "fc2"])
+    (True, False, False)
+    """
+    numbers = [[int(n) for n in re.findall(r"\d+", path)] for path in paths]
+    return len({re.sub(r"\d+", "", path) for path in paths}) == 1 and numbers == sorted(numbers)
 
 
 def _wiring_problem(contents: Contents, manifest: Manifest, target: Path) -> list[Problem]:

@@ -309,7 +309,7 @@ def foreign_names(convention: Convention) -> str:
     framework = convention.framework
     return (
         f"no kind has tensors of these names: rename them as layers of {framework} have them, "
-        f"or fill a {framework} template of the same names"
+        f"or fill a template of {framework} with the same names"
     )
 
 

@@ -22,7 +22,7 @@ import time
 import tomllib
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -66,7 +66,7 @@ From = Annotated[
     typer.Option(
         "--from",
         metavar="FORMAT",
-        help="What the file is, where its content alone does not say; see `neutral formats`.",
+        help="What the file is, where its content alone does not say: a name that `neutral formats` lists.",
     ),
 ]
 To = Annotated[
@@ -84,12 +84,17 @@ Kind = Annotated[
     typer.Option(
         "--kind",
         metavar="PATTERN=KIND",
-        help="The kind of the layers that a glob matches (=KIND: a model that is one layer). May be repeated.",
+        help="The kind of the layers that a glob matches (=KIND: a model that is one layer), with settings where the kind "
+        "has several forms: 'up=conv_transpose(transpose_kernel=false)'. May be repeated.",
     ),
 ]
 IntoKind = Annotated[
     list[str] | None,
-    typer.Option("--into-kind", metavar="PATTERN=KIND", help="The kind of layers of TEMPLATE. May be repeated."),
+    typer.Option(
+        "--into-kind",
+        metavar="PATTERN=KIND",
+        help="The kind of layers of TEMPLATE whose file does not say it, as in norm=layer_norm. May be repeated.",
+    ),
 ]
 Flatten = Annotated[
     list[str] | None,
@@ -252,7 +257,7 @@ def _everywhere(
     debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    """Move trained weights between PyTorch, Keras, TensorFlow, safetensors and NumPy: right, or refused."""
+    """Move trained weights between frameworks, each into each: right, or refused. `neutral formats` lists them."""
     screen: Screen = ctx.obj
     screen.quiet, screen.verbose, screen.debug = quiet, verbose, debug
     if version:
@@ -487,26 +492,11 @@ def _verify(
 @command("formats")
 def _formats(ctx: typer.Context) -> int:
     """List what is readable, writable, and installed."""
-    rows = [
-        (
-            name,
-            ", ".join(framework.formats),
-            ", ".join(framework.reads),
-            ", ".join(framework.suffixes),
-            _versions(framework.installed()),
-        )
-        for name, framework in frameworks.FRAMEWORKS.items()
-    ]
     screen: Screen = ctx.obj
-    screen.table(("framework", "--from", "reads", "writes", "installed"), rows)
+    screen.table(report.FORMAT_COLUMNS, report.formats(frameworks.FRAMEWORKS.values()))
+    screen.answer("")
+    screen.table(("framework", "installed"), report.installed(frameworks.FRAMEWORKS.values()))
     return 0
-
-
-def _versions(packages: Mapping[str, str | None]) -> str:
-    return (
-        ", ".join(f"{package} {version or '(not installed)'}" for package, version in packages.items())
-        or "nothing needed"
-    )
 
 
 def _reading(

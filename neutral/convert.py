@@ -19,7 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neutral import frameworks
-from neutral.archive import SUFFIX, Archive, Contents, Progress, describe, file_digest, open_archive, write_archive
+from neutral.archive import (
+    INDEX_SUFFIX,
+    SUFFIX,
+    Archive,
+    Contents,
+    Progress,
+    describe,
+    file_digest,
+    open_archive,
+    write_archive,
+)
 from neutral.building import build_model
 from neutral.containers.files import check_output, refuse_same
 from neutral.conventions.forms import same_family
@@ -191,15 +201,21 @@ def _refuse_suffix(out: Path) -> None:
 
 
 def check_archive(path: Path) -> None:
-    """Refuse another framework's file in the place of an archive."""
-    if not path.is_file():
+    """Refuse another framework's file or folder in the place of an archive."""
+    if not path.exists():
         return
-    name, found = frameworks.detect(path)
+    try:
+        name, found = frameworks.detect(path)
+    except BadFile:
+        if not path.is_dir():
+            raise
+        expected = f"an archive ({SUFFIX}), or the index of its shards ({INDEX_SUFFIX})"
+        raise BadFile(Problem(str(path), "a folder", expected, "name the file itself")) from None
     if name != ARCHIVE:
         raise BadFile(
             Problem(
                 str(path),
-                f"a {name} file ({found})",
+                f"a {name} {'folder' if path.is_dir() else 'file'} ({found})",
                 "an archive",
                 "run `neutral export` on it first, or `neutral convert`",
             )

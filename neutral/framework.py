@@ -62,7 +62,8 @@ class Framework:
     the frameworks in which it runs weights of a known graph, which these write and run as `rebuilds`. `separator` stands
     between the levels of a new tensor's name. `also` lists frameworks whose suffixes mean theirs when this one is named. A
     `canonical` one stores canonical tensors as they are; files of one with `classes` name each layer's class; one that
-    loads `by_place` finds a weight by the place of its layer.
+    loads `by_place` finds a weight by the place of its layer; in trees of one that keeps layers `by_name` they stand in the
+    order of their names, which tells nothing of the order of computation.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Framework:
     canonical: bool = False
     classes: bool = False
     by_place: bool = False
+    by_name: bool = False
 
     @property
     def formats(self) -> Mapping[str, Format]:

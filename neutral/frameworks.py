@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 from neutral import plugins
@@ -23,6 +24,7 @@ from neutral.suffixes import ARCHIVE_SUFFIXES, suffix_of
 
 ARCHIVE = "archive"
 """The name that `detect` gives to neutral's own format."""
+_MOST_LOOKED_AT = 1000
 
 
 class Frameworks(Mapping[str, Framework]):
@@ -124,16 +126,16 @@ def _holds_archive(probe: Probe) -> bool:
 def _unknown(probe: Probe) -> BadFile:
     where = str(probe.path)
     if probe.is_folder:
-        expected = "a SavedModel, a checkpoint folder, an unzipped .keras or a folder of safetensors shards"
-        return BadFile(Problem(where, "a folder", expected, "name the file itself"))
+        prefixes = [str(probe.path / prefix) for prefix in _prefixes(probe.path)]
+        expected = "a folder of a format that `neutral formats` lists"
+        return BadFile(Problem(where, "a folder", expected, f"name {' or '.join(prefixes) or 'the file itself'}"))
     if probe.container == "zip":
         shown = ", ".join(printable(name, 40) for name in probe.members[:4])
-        return BadFile(
-            Problem(where, f"a zip of {shown or 'nothing'}", "a .pt, a .keras or an .npz", "name another file")
-        )
+        expected = "a zip of a format that `neutral formats` lists"
+        return BadFile(Problem(where, f"a zip of {shown or 'nothing'}", expected, "name another file"))
     if probe.container == "json":
-        expected = "an index of safetensors shards, or another JSON that `neutral formats` lists"
-        return BadFile(Problem(where, "JSON without a weight_map", expected, "name another file"))
+        expected = "an index of shards, a model.json, or another JSON of a format that `neutral formats` lists"
+        return BadFile(Problem(where, "JSON that no reader knows", expected, "name another file"))
     return BadFile(
         Problem(
             where,
@@ -144,6 +146,14 @@ def _unknown(probe: Probe) -> BadFile:
     )
 
 
+def _prefixes(folder: Path) -> list[str]:
+    """The checkpoints in a folder that are named by a prefix of several files: the first few."""
+    bare = (form for known in FRAMEWORKS.own.values() for form in known.files if form.bare)
+    ends = tuple(end for form in bare for end in form.beside)
+    found = (path.name for path in islice(folder.iterdir(), _MOST_LOOKED_AT) if path.name.endswith(ends))
+    return sorted(name.removesuffix(end) for name in islice(found, 4) for end in ends if name.endswith(end))
+
+
 def writer_of(out: Path, to: str | None) -> Framework:
     """The framework that writes a file of this name: the one named, or the only one whose suffix it has."""
     suffix = suffix_of(out)
@@ -151,7 +161,14 @@ def writer_of(out: Path, to: str | None) -> Framework:
         fits = [f for some in FRAMEWORKS.in_turn() for f in some.values() if suffix and suffix in f.own_suffixes]
         if len(fits) == 1:
             return fits[0]
-        found = f"the suffix of {' and '.join(f.name for f in fits)}" if fits else "a suffix that no framework writes"
+        if not fits and owners(suffix) not in ((), (ARCHIVE,)):
+            raise WrongUsage(
+                Problem(
+                    str(out), f"the suffix {suffix}, which is only a copy's", "a template of it", "use --into TEMPLATE"
+                )
+            )
+        nobody = "a suffix that no framework writes" if suffix else "no suffix"
+        found = f"the suffix of {' and '.join(f.name for f in fits)}" if fits else nobody
         raise WrongUsage(
             Problem(
                 str(out), found, "a suffix of one framework", f"name the framework with --to ({', '.join(FRAMEWORKS)})"

@@ -96,6 +96,7 @@ BUILT_IN: tuple[Framework, ...] = (
         extra="flax",
         signature=signatures.flax,
         live=signatures.live_flax,
+        by_name=True,
     ),
     Framework(
         name="equinox",
@@ -115,7 +116,9 @@ BUILT_IN: tuple[Framework, ...] = (
         exporter="neutral.exporters.onnx",
         importer="neutral.importers.onnx",
         convention_at="neutral.conventions.onnx:ONNX",
-        files=(Format("onnx", ".onnx (with external data)", (".onnx",), whole=True, rebuilt=True, beside=(".data",)),),
+        files=(
+            Format("onnx", ".onnx (and its external data)", (".onnx",), whole=True, rebuilt=True, beside=(".data",)),
+        ),
         target="neutral.importers.onnx_classes",
         packages=("onnxruntime",),
         extra="onnx",
@@ -132,7 +135,7 @@ BUILT_IN: tuple[Framework, ...] = (
         files=(
             Format(
                 "layers-model",
-                "model.json and its shards (TensorFlow.js layers model)",
+                "folder or model.json of a layers model",
                 (".tfjs",),
                 whole=True,
                 folder=True,
@@ -165,7 +168,9 @@ BUILT_IN: tuple[Framework, ...] = (
         convention_at="neutral.conventions.torch:TORCH",
         files=(
             Format("safetensors", ".safetensors (names of torch)", (".safetensors",)),
-            Format("shards", "shards with an index", (".safetensors.index.json",), new=False, folder=True),
+            Format(
+                "shards", "folder or index of .safetensors shards", (".safetensors.index.json",), new=False, folder=True
+            ),
         ),
         target="neutral.importers.torch_classes",
         packages=("safetensors",),
@@ -197,7 +202,12 @@ BUILT_IN: tuple[Framework, ...] = (
             Format("mlx", ".safetensors (names of MLX)", (".safetensors",), shared=True),
             Format("mlx-npz", ".npz (names of MLX)", (".npz",), shared=True),
             Format(
-                "mlx-shards", "shards with an index", (".safetensors.index.json",), new=False, folder=True, shared=True
+                "mlx-shards",
+                "index of shards (names of MLX)",
+                (".safetensors.index.json",),
+                new=False,
+                folder=True,
+                shared=True,
             ),
         ),
         target="neutral.importers.mlx_classes",

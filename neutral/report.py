@@ -1,4 +1,5 @@
-"""What a manifest says, in words: the summary, the rows of a table, and the questions that its source left open.
+"""What a manifest says, in words: the summary, the rows of a table, and the questions that its source left open. Which
+formats there are.
 
 >>> in_bytes(246_824), count(61_706, "parameter")
 ('247 kB', '61,706 parameters')
@@ -8,15 +9,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from neutral.canon import hintable
 from neutral.errors import named, printable
+from neutral.framework import Format, Framework
 from neutral.frameworks import FRAMEWORKS
 from neutral.schema.kinds import Layer, Parameter
 from neutral.schema.manifest import Manifest
 
 COLUMNS = ("layer", "kind", "parameter", "axes", "shape", "dtype", "size")
+FORMAT_COLUMNS = ("framework", "--from", "reads", "writes")
 LISTED = 5
 """How many names a sentence lists at the most."""
 
@@ -96,3 +99,26 @@ def _some(names: Sequence[str]) -> str:
 def _nbytes(parameter: Parameter) -> int:
     bits = re.search(r"\d+", parameter.dtype)
     return math.prod(parameter.shape) * (int(bits.group()) if bits else 8) // 8
+
+
+def formats(frameworks: Iterable[Framework]) -> Iterator[tuple[str, ...]]:
+    """One row per format, under FORMAT_COLUMNS; a framework is named in its first row only."""
+    for framework in frameworks:
+        name = framework.name
+        for form in framework.files:
+            yield name, form.name if form.reads else "", form.reads, _written(form)
+            name = ""
+
+
+def _written(form: Format) -> str:
+    if not form.new:
+        return "with --into"
+    return " ".join((*form.suffixes, "(or none)") if form.bare else form.suffixes)
+
+
+def installed(frameworks: Iterable[Framework]) -> Iterator[tuple[str, str]]:
+    """What is installed of each framework, as far as anything of it is ever needed."""
+    for framework in frameworks:
+        versions = framework.installed().items()
+        told = ", ".join(f"{package} {version or '(not installed)'}" for package, version in versions)
+        yield framework.name, told or "nothing needed"

@@ -8,6 +8,8 @@
 ...     probe.container, numpy(probe), keras(probe)
 ('zip', 'npz', None)
 
+A container is imported where a probe is one, not before: most files are of one kind.
+
 A signature gives the name of the framework's format, or None. It must be sure: what two frameworks could both have written
 is left to `--from`. `live` objects are told by the modules of their classes. Nothing is imported for either.
 """
@@ -22,14 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeGuard
 
-from neutral.containers.eqx import is_eqx
 from neutral.containers.files import SourceFile
-from neutral.containers.npz import is_of_mlx
-from neutral.containers.orbax import holds_checkpoint
-from neutral.containers.paddle_file import holds_tables
-from neutral.containers.protobuf import BYTES, VARINT, FileReader
-from neutral.containers.torch_program import holds_program
-from neutral.containers.zip import ZipSource
 from neutral.errors import NeutralError, Problem, Refused
 from neutral.suffixes import suffix_of
 
@@ -94,6 +89,8 @@ class Probe:
     @cached_property
     def members(self) -> tuple[str, ...]:
         """The names in a zip; nothing for another file."""
+        from neutral.containers.zip import ZipSource
+
         return tuple(ZipSource(self._file).members) if self.container == "zip" and self._file is not None else ()
 
     @cached_property
@@ -103,6 +100,9 @@ class Probe:
         if not arrays or self._file is None:
             return False
         try:
+            from neutral.containers.npz import is_of_mlx
+            from neutral.containers.zip import ZipSource
+
             return is_of_mlx(ZipSource(self._file))
         except NeutralError:
             return False
@@ -189,6 +189,8 @@ def torch(probe: Probe) -> str | None:
         return None if paddle(probe) is not None else "pt-legacy"
     if any(name.rpartition("/")[2] == "data.pkl" for name in probe.members):
         return "pt"
+    from neutral.containers.torch_program import holds_program
+
     if holds_program(probe.members):
         return "pt2"
     shards = probe.json.get("weight_map")
@@ -220,7 +222,16 @@ def _maps_to_hdf5(weight_map: object) -> bool:
 def tensorflow(probe: Probe) -> str | None:
     if probe.has("saved_model.pb"):
         return "savedmodel"
-    return "checkpoint" if probe.container == "sstable" or probe.has("checkpoint") else None
+    return "checkpoint" if probe.container == "sstable" or _points(probe) else None
+
+
+def _points(probe: Probe) -> bool:
+    """Whether a folder has TensorFlow's `checkpoint`, which names one; Orbax once had another file of that name."""
+    if not probe.has("checkpoint"):
+        return False
+    from neutral.containers.orbax_aggregate import is_aggregate
+
+    return not is_aggregate(probe.path / "checkpoint")
 
 
 def numpy(probe: Probe) -> str | None:
@@ -247,6 +258,8 @@ def onnx(probe: Probe) -> str | None:
     """A protobuf that is, to its last byte, the fields of a ModelProto: a version, and one graph among others."""
     if probe.container or not probe.head:
         return None
+    from neutral.containers.protobuf import BYTES, VARINT, FileReader
+
     seen: list[int] = []
     try:
         with SourceFile(probe.path) as file:
@@ -277,7 +290,11 @@ def paddle(probe: Probe) -> str | None:
         return "paddle-safetensors" if probe.layout == "paddle" else None
     if suffix in (".pdparams", ".pdopt", ".pdiparams", ".pdmodel") and probe.container in ("pickle", ""):
         return "pdparams"
-    return "pdparams" if probe.container == "pickle" and holds_tables(probe.path) else None
+    if probe.container != "pickle":
+        return None
+    from neutral.containers.paddle_file import holds_tables
+
+    return "pdparams" if holds_tables(probe.path) else None
 
 
 def tfjs(probe: Probe) -> str | None:
@@ -293,6 +310,8 @@ _OF_A_LAYER = ("kernel", "bias", "scale", "embedding", "mean", "var", "negative_
 def flax(probe: Probe) -> str | None:
     """A msgpack map, a folder of Orbax, or a flattened tree that says so or has the collections of Linen."""
     if probe.is_folder:
+        from neutral.containers.orbax import holds_checkpoint
+
         return "orbax" if holds_checkpoint(probe.path) else None
     if probe.container == "safetensors":
         metadata, names = probe.safetensors
@@ -385,6 +404,10 @@ def live_flax(model: object) -> bool:
 
 def equinox(probe: Probe) -> str | None:
     """Records of `.npy`; a single one under that suffix is an array of NumPy's own."""
+    if probe.container:
+        return None
+    from neutral.containers.eqx import is_eqx
+
     return "eqx" if is_eqx(probe.head) and suffix_of(probe.path) != ".npy" else None
 
 

@@ -16,6 +16,7 @@ import safetensors.numpy
 import neutral
 from neutral.cli import Screen, main, read_map
 from neutral.errors import BadFile
+from neutral.frameworks import FRAMEWORKS
 
 COMMANDS = ("export", "import", "convert", "show", "check", "diff", "digest", "verify", "formats")
 
@@ -117,6 +118,30 @@ def test_a_file_that_is_not_there(
     monkeypatch.chdir(tmp_path)
     assert "missing" in failing(arguments, capsys, 1)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["check"], ["import", "--to", "torch"]])
+def test_a_folder_in_the_place_of_an_archive(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *options = command
+    assert ".nwt.index.json" in failing([name, tmp_path, *options], capsys, 1)
+    (tmp_path / "model.json").write_text('{"modelTopology": null, "weightsManifest": []}')
+    said = failing([name, tmp_path, *options], capsys, 1)
+    assert "a tfjs folder (layers-model)" in said and "neutral export" in said
+
+
+@pytest.mark.parametrize("framework", ["flax", "tfjs", "torch"])
+def test_a_suffix_that_a_framework_does_not_write(
+    framework: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = failing(["convert", model, tmp_path / "out.caffe", "--to", framework], capsys, 2)
+    assert ".caffe" in said and said.endswith("choose another suffix")
+
+
+def test_a_suffix_of_copies_alone(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for suffix in (".weights.json", ".safetensors.index.json"):
+        assert "--into" in failing(["convert", model, tmp_path / f"out{suffix}"], capsys, 2)
 
 
 def test_export_import_and_back(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,6 +301,25 @@ def test_formats_lists_every_framework(capsys: pytest.CaptureFixture[str]) -> No
             np.__version__,
         )
     )
+
+
+def test_formats_fit_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["formats"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    rows = {(f.name, form.name): form for f in FRAMEWORKS.values() for form in f.files if form.reads}
+    for framework, form in rows:
+        assert any(f" {form} " in f" {line} " for line in lines), (framework, form)
+    (legacy,) = (line for line in lines if "pt-legacy" in line)
+    assert legacy.endswith("with --into")
+    (orbax,) = (line for line in lines if " orbax " in line)
+    assert orbax.endswith(".orbax (or none)")
+
+
+def test_help_tells_hints_with_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("export", "convert", "digest"):
+        assert main([command, "--help"]) == 0
+        assert "'up=conv_transpose(transpose_kernel=false)'" in capsys.readouterr().out
 
 
 def test_common_options_stand_anywhere(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from neutral.errors import Refused
+from neutral.errors import BadFile, Refused
 from neutral.frameworks import detect
 
 LENGTHS = {"zip": b"PK", "pickle": b"\x80\x02", "pickle 4": b"\x80\x04", "brace": b"{\x01", "hdf5": b"\x89H"}
@@ -23,6 +23,16 @@ def test_header_length_that_begins_like_another_format(start: bytes, tmp_path: P
     path.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + np.ones(2, "float32").tobytes())
     assert safetensors.numpy.load_file(path)["w"].tolist() == [1, 1]
     assert detect(path) == ("safetensors", "safetensors")
+
+
+def test_a_folder_of_checkpoints_named_by_a_prefix_says_which(tmp_path: Path) -> None:
+    for name in ("model.index", "model.data-00000-of-00001", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(BadFile, match=r"found a folder.*name .*/model$"):
+        detect(tmp_path)
+    (tmp_path / "model.index").unlink()
+    with pytest.raises(BadFile, match=r"found a folder.*name the file itself"):
+        detect(tmp_path)
 
 
 def test_plain_arrays_may_be_paddles_or_torchs(tmp_path: Path) -> None:

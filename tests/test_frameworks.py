@@ -146,7 +146,11 @@ def test_every_framework_is_whole() -> None:
         by_format("docx")
 
 
-HEAVY = "{'torch', 'keras', 'tensorflow', 'tf_keras', 'jax'} & set(sys.modules)"
+HEAVY = (
+    "{'torch', 'keras', 'tensorflow', 'tf_keras', 'jax', 'flax', 'orbax', 'tensorstore', 'equinox', 'onnx', 'onnxruntime', "
+    "'paddle', 'mlx'} & set(sys.modules)"
+)
+GOLDEN = Path(__file__).parent / "golden" / "versions"
 
 
 def run_without_frameworks(script: str, *arguments: str) -> str:
@@ -190,6 +194,35 @@ def test_no_framework_is_imported_to_read_a_file(tmp_path: Path) -> None:
     )
     assert run_without_frameworks(script, *(str(tmp_path / name) for name in names)) == "[]"
     assert all((tmp_path / f"{name}.nwt").is_file() for name in names)
+
+
+def test_no_framework_is_imported_to_convert_any_file_to_any_other(tmp_path: Path) -> None:
+    """Files that the frameworks wrote once, each into arrays and, from the arrays, into a new file of each framework."""
+    with zipfile.ZipFile(GOLDEN / "orbax-0.11.0" / "image.ocdbt.zip") as zipped_folder:
+        zipped_folder.extractall(tmp_path / "orbax")
+    sources = {
+        "flax": GOLDEN / "flax-0.10.2" / "image.msgpack",
+        "orbax": tmp_path / "orbax",
+        "onnx": GOLDEN / "onnx-1.12.0" / "image_opset13.onnx",
+        "mlx": GOLDEN / "mlx-0.28.0" / "image.safetensors",
+        "paddle": GOLDEN / "paddle-3.0.0" / "image_protocol2.pdparams",
+        "tfjs": GOLDEN / "tfjs-3.21.0" / "image",
+    }
+    outputs = ("b.pt", "b.safetensors", "b.weights.h5", "b.msgpack", "b.pdparams", "b.npz")
+    script = (
+        "import os\n"
+        "from neutral.cli import main\n"
+        "work, *sources = sys.argv[1:]\n"
+        "os.chdir(work)\n"
+        "for number, source in enumerate(sources):\n"
+        "    assert main(['export', source, f'{number}.nwt', '-q']) == 0, source\n"
+        "for to, name in (('torch', 'b.pt'), ('torch', 'b.safetensors'), ('keras', 'b.weights.h5'), ('flax', 'b.msgpack'),\n"
+        "                 ('paddle', 'b.pdparams'), ('mlx', 'c.safetensors'), ('numpy', 'b.npz')):\n"
+        "    assert main(['import', '5.nwt', '--to', to, '-o', name, '-q']) == 0, name\n"
+    )
+    given = (str(tmp_path), *(str(path) for path in sources.values()))
+    assert run_without_frameworks(script, *given) == "[]"
+    assert all((tmp_path / name).is_file() for name in outputs)
 
 
 @pytest.mark.parametrize("script", ["import neutral", "import neutral.cli", "import neutral\ndir(neutral)"])

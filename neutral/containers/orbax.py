@@ -10,7 +10,8 @@
 (array([3., 4., 5.]), array(1))
 
 A checkpoint is a folder with `_METADATA`. A CheckpointManager's folder holds one in each step (`100/default`), or
-several (`100/params`, `100/state`).
+several (`100/params`, `100/state`). Before there was `_METADATA` (Orbax of 2023, and Flax's own checkpoints of that time)
+the tree was in a msgpack file, `checkpoint`, which says of each array where it lies.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from typing import Any
 
 import numpy as np
 
+from neutral.containers import msgpack
 from neutral.containers.codecs import Cursors
 from neutral.containers.files import leads_outside, new_folder, refuse_inside, refuse_same
 from neutral.containers.folder import Folder, copy_file, walk
 from neutral.containers.ocdbt import MANIFEST, open_ocdbt
+from neutral.containers.orbax_aggregate import AGGREGATE, is_aggregate, read_aggregate
 from neutral.containers.orbax_metadata import (
     ARRAY,
     EMPTY,
@@ -49,8 +52,6 @@ from neutral.native import Tensor, from_array
 _MOST_CHILDREN = 10_000
 _MOST_LEAVES = 1 << 18
 _UNFINISHED = ".orbax-checkpoint-tmp"
-_AGGREGATE = "checkpoint"
-"""A msgpack file in which Orbax once kept values beside the arrays."""
 
 
 def holds_checkpoint(folder: FilePath) -> bool:
@@ -72,7 +73,8 @@ def checkpoints(folder: FilePath) -> list[str]:
 
 
 def _is_checkpoint(folder: FilePath) -> bool:
-    return (folder / METADATA).is_file() and not (folder / METADATA).is_symlink()
+    metadata = folder / METADATA
+    return (metadata.is_file() and not metadata.is_symlink()) or is_aggregate(folder / AGGREGATE)
 
 
 def _folders(folder: FilePath) -> list[str]:
@@ -133,14 +135,23 @@ class _Checkpoint:
 
     def __init__(self, path: FilePath, place: str) -> None:
         self.folder = Folder(path / place if place else path)
-        self.metadata: TreeMetadata = read_metadata(self.folder)
+        self.inside: PyTree | None = None
+        self.metadata: TreeMetadata
+        if self.folder.size(METADATA) is None:
+            self.metadata, self.inside = read_aggregate(self.folder)
+        else:
+            self.metadata = read_metadata(self.folder)
         ocdbt = self.folder.size(MANIFEST) is not None if self.metadata.ocdbt is None else self.metadata.ocdbt
         self._cursors = Cursors()
         self._store: Store = open_ocdbt(self.folder) if ocdbt else self.folder
         self.plain = not ocdbt
         self.arrays: dict[Path, ZarrArray] = {}
         self.others: dict[Path, object] = {}
-        self._read()
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
 
     def _read(self) -> None:
         where = str(self.folder.path)
@@ -160,16 +171,27 @@ class _Checkpoint:
                 if leads_outside(item.name) or "\0" in item.name:
                     raise BadFile(Problem(f"{where}: {item.name}", "a name that leads elsewhere", "one in the folder"))
                 array = read_array(self._store, item.name, source)
-                if array is None and self.folder.size(_AGGREGATE) is not None:
-                    found = f"a value that may be in the file {_AGGREGATE!r}, as in Orbax of 2023"
+                if array is None and self.inside is None and self.folder.size(AGGREGATE) is not None:
+                    found = f"a value that may be in the file {AGGREGATE!r}, as in Orbax of 2023"
                     raise Unsupported(Problem(f"{where}: {item.name}", found, "an array", "save it with a newer Orbax"))
                 if array is None:
                     raise BadFile(Problem(f"{where}: {item.name}", "no array", "that of the leaf", "get it again"))
                 self.arrays[path] = array
         source.check("")
 
+    @property
+    def leaves(self) -> dict[Path, Tensor]:
+        """Every array, those in the file of the tree last."""
+        return {path: array.tensor for path, array in self.arrays.items()} | dict(
+            {} if self.inside is None else self.inside.leaves
+        )
+
     def tree(self) -> PyTree:
         metadata: dict[str, Any] = {}
+        if self.inside is not None:
+            if self.metadata.lists:
+                metadata["lists"] = [list(path) for path in self.metadata.lists]
+            return PyTree(self.leaves, self.inside.others, metadata, self.close)
         items = self.metadata.items
         if list(items) != [*self.arrays, *self.others]:
             metadata["order"] = [list(path) for path in items]
@@ -179,10 +201,11 @@ class _Checkpoint:
             metadata["scalars"] = scalars
         if self.metadata.custom is not None:
             metadata["custom_metadata"] = self.metadata.custom
-        leaves = {path: array.tensor for path, array in self.arrays.items()}
-        return PyTree(leaves, self.others, metadata, self.close)
+        return PyTree(self.leaves, self.others, metadata, self.close)
 
     def close(self) -> None:
+        if self.inside is not None:
+            self.inside.close()
         self._cursors.clear()
         self.folder.close()
 
@@ -269,8 +292,11 @@ def replace(
     place = locate(template, key)
     opened = _Checkpoint(template, place)
     try:
-        raise_all(Refused, misfits(template, {p: a.tensor for p, a in opened.arrays.items()}, tensors))
+        raise_all(Refused, misfits(template, opened.leaves, tensors))
         in_place = opened.plain and all(array.layout.version == 2 for array in opened.arrays.values())
+        if opened.inside is not None and not in_place:
+            found = f"the tree in a file {AGGREGATE!r}, as in Orbax of 2023, and arrays in OCDBT"
+            raise Unsupported(Problem(str(template), found, "plain files of zarr 2", "save it with a newer Orbax"))
         root = f"{place}/" if place else ""
         with new_folder(folder, force) as out:
             if in_place:
@@ -284,9 +310,17 @@ def replace(
 def _rewrite(opened: _Checkpoint, template: FilePath, tensors: Mapping[Path, Tensor], out: FilePath, root: str) -> None:
     """The folder with new chunks of the arrays named."""
     written: set[str] = set()
+    inside: dict[Path, Tensor] = {}
     for path, tensor in tensors.items():
+        if path not in opened.arrays:
+            inside[path] = tensor
+            continue
         array = opened.arrays[path]
         written |= {root + name for name in rewrite_chunks(out / root, array.name, array.layout, tensor)}
+    if inside:
+        (out / root).mkdir(parents=True, exist_ok=True)
+        msgpack.replace(opened.folder.path / AGGREGATE, inside, out / root / AGGREGATE)
+        written.add(root + AGGREGATE)
     for name, is_folder in walk(template):
         if is_folder:
             (out / name).mkdir(parents=True, exist_ok=True)

@@ -44,9 +44,17 @@ Use = tuple[NodeProto, str]
 """A node and a value that it takes."""
 
 
+@dataclass(frozen=True)
+class Call:
+    """Several nodes, the last of which makes what a layer makes of the value `source`."""
+
+    source: str
+    nodes: tuple[NodeProto, ...]
+
+
 @dataclass
 class Candidate:
-    """A layer that has no name yet."""
+    """A layer that has no name yet. `calls`: where it is used, if each use is several nodes instead of its operator."""
 
     cls: str | None
     expressions: dict[str, Expression]
@@ -56,6 +64,7 @@ class Candidate:
     folded: str = ""
     values: list[str] = field(default_factory=list)
     """What the graph calls its tensors where they are used."""
+    calls: list[Call] = field(default_factory=list)
 
 
 def candidate_of(scope: Scope, node: NodeProto) -> tuple[Candidate, list[Use]] | None:

@@ -19,8 +19,9 @@ from neutral.containers.onnx import GraphProto, ModelProto, NodeProto, named_ten
 from neutral.containers.onnx_constants import Expression, Leaf, backward, forward, leaves
 from neutral.containers.onnx_tensors import DTYPES, STRING
 from neutral.conventions.onnx import RECURRENT, refusal
-from neutral.conventions.onnx_candidates import Candidate, candidate_of, made_by, turn
+from neutral.conventions.onnx_candidates import Call, Candidate, candidate_of, made_by, turn
 from neutral.conventions.onnx_flatten import Crossings, Used, follow
+from neutral.conventions.onnx_idioms import idiom_of
 from neutral.conventions.onnx_names import anonymous, common_stem, module_of
 from neutral.conventions.onnx_scope import Scope, subgraphs
 from neutral.errors import Problem, Unsupported, raise_all
@@ -70,6 +71,8 @@ class FoundLayer:
     tensors: Mapping[str, View]
     config: Mapping[str, Any] = field(default_factory=dict)
     nodes: tuple[NodeProto, ...] = ()
+    calls: tuple[Call, ...] = ()
+    """Where it is used, if each use is several nodes instead of its operator."""
 
 
 @dataclass(frozen=True)
@@ -140,13 +143,14 @@ class _Finder:
         for node in scope.graph.nodes:
             if (id(node), "") in claimed:
                 continue
-            found = candidate_of(scope, node)
+            found = idiom_of(scope, node) or candidate_of(scope, node)
             if found is not None:
                 candidate, used = found
                 claimed |= {(id(user), value) for user, value in used}
                 key = _same_as(candidate)
                 if key in self._shared:
                     self._shared[key].nodes += candidate.nodes
+                    self._shared[key].calls += candidate.calls
                 else:
                     self._shared[key] = candidate
                     self.candidates.append(candidate)
@@ -196,9 +200,10 @@ class _Finder:
         for number, candidate in enumerate(self.candidates):
             first = next(iter(candidate.expressions.values()))
             made = made_by(candidate, first)[0]
+            ends = {id(call.nodes[-1]) for call in candidate.calls}
             for node in candidate.nodes:
-                if node.op_type == candidate.cls:
-                    used[id(node)] = Used(number, node.op_type, first.shape, made)
+                if id(node) in ends or (not ends and node.op_type == candidate.cls):
+                    used[id(node)] = Used(number, str(candidate.cls), first.shape, made)
                 else:
                     adds.add(id(node))
         return follow(scope, used, frozenset(adds))
@@ -222,7 +227,8 @@ class _Finder:
                 # Its tensors get names of their own, so that they fit into the same layer with the same settings alone.
                 views = {f"{local} ({why})": view for local, view in views.items()}
                 self.notes.append(f"{path}: a {candidate.cls} with {why}, which no other framework has; kept as it is")
-            yield FoundLayer(path, candidate.cls, views, candidate.config, tuple(candidate.nodes))
+            calls = tuple(candidate.calls)
+            yield FoundLayer(path, candidate.cls, views, candidate.config, tuple(candidate.nodes), calls)
         yield from self._unknown(taken, seen)
 
     def _unknown(self, taken: set[str], seen: set[str]) -> Iterator[FoundLayer]:

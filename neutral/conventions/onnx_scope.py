@@ -13,6 +13,7 @@ from neutral.rules import widens
 
 _MOST_STEPS = 64
 _MOST_LEAVES = 256
+_LARGEST = 1 << 63
 _MOST_NUMBERS = 1024
 
 _SPREADING = ("Expand", "CastLike", "Cast", "Identity", "Reshape", "Slice", "Unsqueeze", "Squeeze", "Tile")
@@ -296,6 +297,9 @@ def _computed(op: str, one: Numbers | None, other: Numbers | None) -> Numbers | 
 
 
 def _result(op: str, a: int, b: int) -> int | None:
+    # A chain of squares would grow without end.
+    if abs(a) >= _LARGEST or abs(b) >= _LARGEST:
+        return None
     match op:
         case "Add":
             return a + b

@@ -326,6 +326,41 @@ def test_values_in_a_file_of_their_own_are_not_read(tmp_path: Path) -> None:
         read_orbax(tmp_path / "x")
 
 
+def _of_2023(folder: Path) -> Path:
+    """A checkpoint with its tree in msgpack: one array beside it, one in it, and a number."""
+    write_orbax({("params", "w"): from_array(np.arange(6.0).reshape(2, 3))}, {}, folder)
+    (folder / "_METADATA").unlink()
+    tree = {"params": {"b": np.arange(3.0), "w": "PLACEHOLDER://params.w"}, "step": 7}
+    (folder / "checkpoint").write_bytes(flax.serialization.msgpack_serialize(tree))
+    return folder
+
+
+def test_a_tree_in_msgpack(tmp_path: Path) -> None:
+    """Orbax of 2023 had no metadata; `tests/golden` has files of its own."""
+    tree = read_orbax(_of_2023(tmp_path / "x"))
+    assert {path: leaf.read().tolist() for path, leaf in tree.leaves.items()} == {
+        ("params", "w"): [[0, 1, 2], [3, 4, 5]],
+        ("params", "b"): [0, 1, 2],
+    }
+    assert tree.others == {("step",): 7}
+    tree.close()
+
+
+def test_a_tree_in_msgpack_with_other_elements(tmp_path: Path) -> None:
+    new = {("params", "w"): from_array(np.full((2, 3), 8.0)), ("params", "b"): from_array(np.full(3, 9.0))}
+    replace_orbax(_of_2023(tmp_path / "x"), new, tmp_path / "y")
+    tree = read_orbax(tmp_path / "y")
+    assert {path: set(leaf.read().ravel().tolist()) for path, leaf in tree.leaves.items()} == {
+        ("params", "w"): {8},
+        ("params", "b"): {9},
+    }
+    assert tree.others == {("step",): 7}
+    tree.close()
+    only = {("params", "w"): from_array(np.full((2, 3), 8.0))}
+    replace_orbax(tmp_path / "x", only, tmp_path / "z")
+    assert (tmp_path / "z" / "checkpoint").read_bytes() == (tmp_path / "x" / "checkpoint").read_bytes()
+
+
 def test_writing_refuses(tmp_path: Path) -> None:
     one = from_array(np.ones(1))
     for leaves, others in (

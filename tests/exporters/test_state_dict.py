@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import neutral
 from neutral.errors import Refused
 from neutral.exporters.state_dict import ModuleClass, common_prefix, layers_from_state_dict
 from neutral.native import NativeTensor, from_array
@@ -99,3 +102,32 @@ def test_every_name_of_a_real_model_is_accounted_for() -> None:
         for layer in layers
         for local, t in layer.tensors.items()
     )
+
+
+def test_square_layers_beside_turned_ones_are_not_taken_for_linear(tmp_path: Path) -> None:
+    """GPT-2's layers are (in, out) under torch's names; of a square one nothing tells."""
+    import keras
+
+    state = {
+        "attn.c_attn.weight": torch.randn(4, 12), "attn.c_attn.bias": torch.randn(12),
+        "attn.c_proj.weight": torch.randn(4, 4), "attn.c_proj.bias": torch.randn(4),
+    }  # fmt: skip
+    torch.save(state, tmp_path / "gpt2.pt")
+    with neutral.export_model(tmp_path / "gpt2.pt") as archive:
+        assert [layer.kind for layer in archive.layers] == ["unknown", "unknown"]
+    neutral.convert(tmp_path / "gpt2.pt", tmp_path / "again.safetensors")
+    template = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, name="c_proj")])
+    template.save(tmp_path / "template.keras")
+    torch.save({name: state[name] for name in ("attn.c_attn.weight", "attn.c_attn.bias")}, tmp_path / "turned.pt")
+    with pytest.raises(Refused, match="c_proj"):
+        neutral.convert(
+            tmp_path / "gpt2.pt",
+            tmp_path / "out.keras",
+            into=tmp_path / "template.keras",
+            mapping={"attn.c_proj": "c_proj"},
+            allow_unused=["attn.c_attn"],
+        )
+    square = {name: state[name] for name in ("attn.c_proj.weight", "attn.c_proj.bias")}
+    torch.save(square, tmp_path / "square.pt")
+    with neutral.export_model(tmp_path / "square.pt") as archive:
+        assert [layer.kind for layer in archive.layers] == ["dense"]

@@ -244,6 +244,41 @@ ORBAX = (
 )
 
 
+def aggregate(data: bytes) -> Callable[[Path], object]:
+    """The tree as Orbax of 2023 kept it."""
+
+    def spoil(folder: Path) -> None:
+        (folder / "_METADATA").unlink()
+        (folder / "checkpoint").write_bytes(data)
+
+    return spoil
+
+
+def places(*names: str) -> Callable[[Path, Path], Path]:
+    """Leaves that lie in these places."""
+    leaves = {f"w{i}": f"PLACEHOLDER://{name}" for i, name in enumerate(names)}
+    return orbax(aggregate(msgpack.packb({"params": leaves})))
+
+
+AGGREGATED = (
+    *(Row(name, orbax(aggregate(data))) for name, data in BROKEN.items()),
+    Row("a place outside", places("../../etc/passwd"), "elsewhere"),
+    Row("an absolute place", places("/etc/passwd"), "elsewhere"),
+    Row("a place with NUL", places("a\0b"), "elsewhere"),
+    Row("the folder itself", places(""), ""),
+    Row("a place where nothing is", places("params.Dense_7.kernel"), "no array"),
+    Row("one place for two", places(KERNEL, KERNEL), "two leaves"),
+    Row("a place that forges lines", places("a\n\x1b[31mneutral: ok"), "no array"),
+    Row("no array at all", orbax(aggregate(msgpack.packb({"a": 1})))),
+    Row("an array of other bytes", orbax(aggregate(msgpack.packb({"a": ext_array((9,))}))), "bytes"),
+)
+
+
+@pytest.mark.parametrize("row", AGGREGATED, ids=str)
+def test_refused_orbax_of_2023(row: Row, run: Commands, good: Path, tmp_path: Path) -> None:
+    every_command(row, run, good, tmp_path, "")
+
+
 @pytest.mark.parametrize("row", ORBAX, ids=str)
 def test_refused_orbax(row: Row, run: Commands, good: Path, tmp_path: Path) -> None:
     every_command(row, run, good, tmp_path, "")

@@ -71,8 +71,16 @@ ROWS = (
     Row("half an element", zipped(("w.npy", npy("<V2", "(2, )", bytes(3))))),
     Row("objects", zipped(("w.npy", npy("|O", "(1, )", b"cos\nsystem\n."))), "Python objects"),
     Row("a shard that leads outside", shards({}, {"w": "../x.safetensors"}), as_template=False),
-    Row("a shard that is not there", shards({"a.safetensors": SHARD}, {"w": "a.safetensors", "v": "b.safetensors"}), as_template=False),
-    Row("a shard without its tensor", shards({"a.safetensors": SHARD}, {"w": "a.safetensors", "v": "a.safetensors"}), as_template=False),
+    Row(
+        "a shard that is not there",
+        shards({"a.safetensors": SHARD}, {"w": "a.safetensors", "v": "b.safetensors"}),
+        as_template=False,
+    ),
+    Row(
+        "a shard without its tensor",
+        shards({"a.safetensors": SHARD}, {"w": "a.safetensors", "v": "a.safetensors"}),
+        as_template=False,
+    ),
 )
 
 

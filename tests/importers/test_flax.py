@@ -144,6 +144,22 @@ REFUSED: list[tuple[torch.nn.Module, str]] = [
 ]
 
 
+def test_a_tree_is_not_in_the_order_of_computation(tmp_path: Path) -> None:
+    """Its keys are sorted; a weights file of Keras, whose layers are found by their place, would have them swapped."""
+    fc = {"kernel": np.ones((4, 4), "f4"), "bias": np.zeros(4, "f4")}
+
+    def convert(*names: str) -> None:
+        (tmp_path / "m.msgpack").write_bytes(serialization.msgpack_serialize({"params": dict.fromkeys(names, fc)}))
+        kinds = dict.fromkeys(names, "dense")
+        neutral.convert(tmp_path / "m.msgpack", tmp_path / "x.weights.h5", kinds=kinds, flatten={}, force=True)
+
+    convert("fc1", "fc2")
+    convert("only")
+    for names in (("hidden", "head"), ("fc1", "fc2", "fc10")):
+        with pytest.raises(Refused, match="in the order of their names, expected the order in which they compute"):
+            convert(*names)
+
+
 @pytest.mark.parametrize(("module", "reason"), REFUSED)
 def test_what_flax_does_not_have(module: torch.nn.Module, reason: str, tmp_path: Path) -> None:
     with pytest.raises(Refused, match=reason):
