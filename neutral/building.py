@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -191,36 +192,54 @@ def _foreign_model(
     states: Callable[..., Mapping[str, Any]] = getattr(targets, "layer_states", lambda cls, roles: {})
     journey.notes += getattr(targets, "remarks", lambda manifest: [])(manifest)
     layers = []
-    for layer in contents.layers:
-        if not layer.weights:
-            continue
-        cls, config = classes[layer.path]
-        binding = binding_for([layer], cls, convention, config)
+    for path, parts in _units(contents, classes, convention, whole):
+        cls, config = classes[parts[0].path]
+        binding = binding_for(parts, cls, convention, config)
         if isinstance(binding, str):
             journey.problems.append(
                 Problem(
-                    layer.path,
-                    f"{an(layer.kind)} ({binding})",
+                    path,
+                    f"{an(parts[0].kind)} ({binding})",
                     f"one that {framework.name} can hold as {cls}",
                     "use a template, or another framework",
                 )
             )
             continue
-        journey.warnings += [] if whole else flatten_remark(contents, layer, origin, convention)
-        written = native_tensors(binding, [layer], convention, where=layer.path)
+        for layer in parts:
+            journey.warnings += [] if whole else flatten_remark(contents, layer, origin, convention)
+        written = native_tensors(binding, parts, convention, where=path)
         journey.take(written)
-        path = layer.path.replace(".", framework.separator)
-        prefix = f"{path}{framework.separator}" if path else ""
+        levels = path.replace(".", framework.separator)
+        prefix = f"{levels}{framework.separator}" if levels else ""
         tensors = {
-            local: NativeTensor(f"{prefix}{local}", tensor, _tie(layer, written, local))
+            local: NativeTensor(f"{prefix}{local}", tensor, _tie(parts[0], written, local) if len(parts) == 1 else None)
             for local, tensor in written.tensors.items()
         }
         tensors |= {
             local: NativeTensor(f"{prefix}{local}", from_array(value), None, True)
             for local, value in states(cls, written.tensors).items()
         }
-        layers.append(NativeLayer(layer.path, cls, tensors, config, "graph"))
+        layers.append(NativeLayer(path, cls, tensors, config, "graph"))
     return NativeModel(framework.name, framework.suffixes[0], tuple(layers), contents.graph, {}, contents.ordered)
+
+
+def _units(
+    contents: Contents, classes: Mapping[str, tuple[str, Mapping[str, Any]]], convention: Convention, whole: bool
+) -> Iterator[tuple[str, list[CanonicalLayer]]]:
+    """What becomes one native layer each: a canonical layer, or all levels of a stack where the framework has stacks, too.
+
+    The nodes of a graph name each level by itself, so in a `whole` model they stay apart.
+    """
+    weighed = [layer for layer in contents.layers if layer.weights]
+    for path, found in groupby(weighed, key=lambda layer: layer.native_path or layer.path):
+        parts = list(found)
+        cls, config = classes[parts[0].path]
+        if len(parts) > 1 and not whole and all(classes[part.path][0] == cls for part in parts):
+            binding = binding_for(parts, cls, convention, config)
+            if not isinstance(binding, str) and binding.form.levels:
+                yield path, parts
+                continue
+        yield from ((part.path, [part]) for part in parts)
 
 
 def _tie(layer: CanonicalLayer, written: Written, local: str) -> Any:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
+import torch
 
 import neutral
 from tests.cases import models as m
@@ -141,3 +143,15 @@ def test_to_torch_from_the_graph(keras_source: Any, templates: dict[str, Path], 
     m.assert_close(
         m.run_torch(torch.export.load(tmp_path / "lstm.pt2").module(), X), m.run_keras(keras_source, X), 2e-6
     )
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_stack_stays_one_where_the_other_framework_has_stacks(bidirectional: bool, tmp_path: Path) -> None:
+    """Into a new file of Paddle and back: its LSTM loads `weight_ih_l1` of one layer, not a layer called `rnn.1`."""
+    module = torch.nn.Sequential(OrderedDict(rnn=torch.nn.LSTM(3, 5, num_layers=2, bidirectional=bidirectional)))
+    torch.save(module, tmp_path / "stack.pt")
+    neutral.convert(tmp_path / "stack.pt", tmp_path / "stack.pdparams")
+    neutral.convert(tmp_path / "stack.pdparams", tmp_path / "back.pt", kinds={"rnn": "lstm"})
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert back.keys() == module.state_dict().keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in module.state_dict().items())
