@@ -25,6 +25,7 @@ from neutral.containers.safetensors import open_safetensors
 from neutral.containers.zip import ZipSource
 from neutral.conventions.mlx_names import gates_of, is_gru, places
 from neutral.errors import BadFile, Problem, Refused, WrongUsage, printable
+from neutral.exporters.live_settings import plain_setting
 from neutral.native import Array, Computed, NativeLayer, NativeModel, NativeTensor, Tensor
 
 DTYPES: Final[dict[str, np.dtype[Any]]] = {
@@ -38,7 +39,6 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
 
 BFLOAT16: Final = DTYPES["bfloat16"]
 _DEPTH: Final = 100
-_LONG_SETTING: Final = 1000
 _ATTENTION: Final = "MultiHeadAttention"
 
 
@@ -207,22 +207,13 @@ def settings(module: Any) -> dict[str, Any]:
     """The public attributes of a module that are plain data; those of a convolution are in part items of it."""
     found = {}
     for name, value in [*vars(module).items(), *module.items()]:
-        kept, plain = _plain(value, 0)
+        kept, plain = plain_setting(value)
         if kept and not name.startswith("_"):
             found[name] = plain
     nonlinearity = vars(module).get("nonlinearity")
     if callable(nonlinearity):
         found["nonlinearity"] = str(getattr(nonlinearity, "__name__", "unknown"))
     return found
-
-
-def _plain(value: object, depth: int) -> tuple[bool, Any]:
-    if value is None or type(value) in (bool, int, float, str):
-        return True, value
-    if not isinstance(value, list | tuple) or len(value) > _LONG_SETTING or depth >= 3:
-        return False, None
-    inner = [_plain(member, depth + 1) for member in value]
-    return all(kept for kept, _ in inner), [plain for _, plain in inner]
 
 
 def _is_chain(module: Any) -> bool:

@@ -55,7 +55,7 @@ def _model(opened: OnnxFile) -> NativeModel:
         layers=layers,
         splits=found.splits,
         ordered=False,
-        metadata=_metadata(opened.model),
+        metadata=_metadata(opened.model) | ({"turned": sorted(found.turned)} if found.turned else {}),
         notes=found.notes,
         close=opened.close,
         unsettled=found.unsettled,

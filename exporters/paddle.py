@@ -23,10 +23,10 @@ from neutral.containers.safetensors import open_safetensors
 from neutral.conventions.paddle import SPECTRAL_NORM_DIM, WEIGHT_NORM_DIM, channels_last
 from neutral.conventions.paddle_names import places
 from neutral.errors import BadFile, Problem, Refused, WrongUsage, raise_all
+from neutral.exporters.live_settings import plain_setting
 from neutral.native import Array, Computed, NativeLayer, NativeModel, NativeTensor, Tensor, from_array
 
 _LAYER_DEPTH: Final = 200
-_LONG_SETTING: Final = 1000
 _RECURRENT: Final = ("SimpleRNN", "LSTM", "GRU")
 _HOOKS: Final = {"WeightNorm": WEIGHT_NORM_DIM, "SpectralNorm": SPECTRAL_NORM_DIM}
 
@@ -258,7 +258,7 @@ def settings(layer: Any) -> dict[str, Any]:
     """The attributes of a layer that are plain data, without the underscore in front; and what its hooks say."""
     found = {}
     for name, value in vars(layer).items():
-        kept, plain = _plain(value, 0)
+        kept, plain = plain_setting(value)
         if kept and name != "training":
             found[name.lstrip("_")] = plain
     for hook in getattr(layer, "_forward_pre_hooks", {}).values():
@@ -266,15 +266,6 @@ def settings(layer: Any) -> dict[str, Any]:
         if setting is not None and type(getattr(hook, "dim", None)) is int:
             found[setting] = hook.dim
     return found
-
-
-def _plain(value: object, depth: int) -> tuple[bool, Any]:
-    if value is None or type(value) in (bool, int, float, str):
-        return True, value
-    if not isinstance(value, list | tuple) or len(value) > _LONG_SETTING or depth >= 3:
-        return False, None
-    inner = [_plain(member, depth + 1) for member in value]
-    return all(kept for kept, _ in inner), [plain for _, plain in inner]
 
 
 def _is_chain(layer: Any) -> bool:

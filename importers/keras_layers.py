@@ -28,6 +28,7 @@ from neutral.schema.kinds import (
     ConvTranspose,
     Depthwise,
 )
+from neutral.schema.node_settings import equation_terms
 
 
 def gemm(b: Builder, node: Node) -> list[KerasTensor]:
@@ -226,5 +227,15 @@ def einsum(b: Builder, node: Node) -> list[KerasTensor]:
     bias = node.attributes.get("bias_axes")
     if "bias" in b.layer(node).parameters and not bias:
         raise Inexpressible("a bias whose axes are not known", "bias_axes", "export the model again")
-    config = {**config, "output_shape": list(shape[1:]), "bias_axes": bias or None}
+    data, kernel, out = equation_terms(str(node.attributes["equation"]))
+    if not (data + out).count("...") and data[:1] != out[:1]:
+        raise Inexpressible(f"the equation {node.attributes['equation']}", "the batch in front on both sides")
+    if cls == "EinsumDense":
+        config = {**config, "output_shape": list(shape[1:]), "bias_axes": bias or None}
+    else:
+        # A dense layer in other words; Keras' Dense takes one axis and makes one.
+        if len(kernel) != 2 or sum(letter in data for letter in kernel) != 1:
+            raise Inexpressible(
+                f"a dense layer of the equation {node.attributes['equation']}", "one over the last axis"
+            )
     return [b.weigh(node, (cls, config), [x.json], b.like(node, as_in_graph(len(shape)), x))]

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Final
 
-from neutral.errors import Problem, Refused, raise_all, reworded
+from neutral.errors import Problem, Refused, named, raise_all, reworded
 from neutral.importers import torch_classes
 from neutral.schema import layer_sizes
 from neutral.schema.manifest import Manifest
@@ -98,3 +98,10 @@ def mlx_class(cls: str) -> str:
 def _settings(cls: str, config: dict[str, Any]) -> dict[str, Any]:
     """A group norm is as torch's only if it is told to be."""
     return {**config, "pytorch_compatible": True} if cls == "GroupNorm" else config
+
+
+def remarks(manifest: Manifest) -> list[str]:
+    """What a model must be built with for a new file to be right in it, where that is a choice."""
+    grouped = [layer.path for layer in manifest.layers if layer.kind == "group_norm" and layer.groups != 1]
+    listed = ", ".join(map(named, grouped[:5])) + (f" and {len(grouped) - 5} more" if len(grouped) > 5 else "")
+    return [f"{listed}: for GroupNorm(pytorch_compatible=True), which is not MLX's default"] if grouped else []

@@ -65,6 +65,10 @@ def _no_form(layer: Any, found: str, expected: str) -> Refused:
     return Refused(Problem(layer.path, found, expected, "it has no torch form; keep the layer in its own framework"))
 
 
+def _unsaid(layer: Any, found: str, expected: str) -> Refused:
+    return Refused(Problem(layer.path, found, expected, "the source does not say it: use --into TEMPLATE"))
+
+
 def _reparametrized(layer: Any, cls: str, config: Config) -> NativeClass:
     if layer.reparametrization is not None:
         config["reparametrization"] = layer.reparametrization
@@ -193,7 +197,7 @@ def _group_norm(layer: Any, rank: int | None) -> NativeClass:
     groups = getattr(layer, "groups", -1)
     groups = channels if groups == -1 else groups
     if groups is None:
-        raise _no_form(layer, "a group norm without the number of groups", "groups")
+        raise _unsaid(layer, "a group norm without the number of groups", "groups")
     config: Config = {"num_groups": groups, "num_channels": channels, "affine": True}
     _set(config, "eps", layer.eps)
     return "GroupNorm", config
@@ -241,7 +245,7 @@ def _attention(layer: Any, rank: int | None) -> NativeClass:
     made = {role: math.prod(layer.parameters[f"{role}_kernel"].shape[:-1]) for role in ("query", "key", "value")}
     width = taken["query"]
     if layer.heads is None:
-        raise _no_form(layer, "an attention without the number of heads", "heads")
+        raise _unsaid(layer, "an attention without the number of heads", "heads")
     if layer.kv_heads not in (None, layer.heads):
         raise _no_form(layer, f"{layer.heads} heads on {layer.kv_heads} of key and value", "as many")
     if set(made.values()) != {width} or layer.parameters["output_kernel"].shape[0] != width:

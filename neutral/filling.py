@@ -152,6 +152,8 @@ def _fill_layer(
             ready.append(reconciled(layer, goal, origin, convention, ends.told, goal_told, source_told(contents)))
             if not goal_told:
                 journey.warnings += flatten_remark(contents, layer, origin, convention)
+            if not goal_told and ready[-1].channels and convention.flatten == "channel position":
+                journey.warnings += _permuted(contents, layer)
             if ready[-1].channels and (layer.undecided or goal.undecided) and origin.flatten != convention.flatten:
                 whose, which = ("source", origin) if layer.undecided else ("template", convention)
                 journey.warnings.append(
@@ -223,6 +225,15 @@ def _recognised(layer: NativeLayer, kind: str, convention: Convention, form: For
     found = recognise(layer, convention, kind).binding if isinstance(bound, str) else bound
     assert found is not None
     return found
+
+
+def _permuted(contents: Contents, layer: CanonicalLayer) -> list[str]:
+    """What to say of a layer behind a Flatten that the source's own graph, of channels-first operators, made channels-last."""
+    if layer.path not in contents.source.settings.get("turned", ()):
+        return []
+    return [
+        f"{layer.path}: the source puts channels last before it flattens; the template is taken to flatten with channels first, without a permutation of its own"
+    ]
 
 
 def _turned(path: str, candidates: Sequence[str], binding: Binding) -> list[str]:

@@ -161,6 +161,12 @@ def writer_of(out: Path, to: str | None) -> Framework:
         fits = [f for some in FRAMEWORKS.in_turn() for f in some.values() if suffix and suffix in f.own_suffixes]
         if len(fits) == 1:
             return fits[0]
+        if not fits and owners(suffix) not in ((), (ARCHIVE,)):
+            raise WrongUsage(
+                Problem(
+                    str(out), f"the suffix {suffix}, which is only a copy's", "a template of it", "use --into TEMPLATE"
+                )
+            )
         nobody = "a suffix that no framework writes" if suffix else "no suffix"
         found = f"the suffix of {' and '.join(f.name for f in fits)}" if fits else nobody
         raise WrongUsage(

@@ -169,8 +169,19 @@ def canonical_contents(
     return Contents(layers, source, native.graph, native.ordered, native.collections, (), native.notes)
 
 
-_KEPT = ("config", "keras_version", "object_graph", "prefix", "metadata", "order", "copies", "strings", "provenance")
-"""What of a reader's metadata the archive keeps, for the writer of the same format."""
+_KEPT = (
+    "config",
+    "keras_version",
+    "object_graph",
+    "prefix",
+    "metadata",
+    "order",
+    "copies",
+    "strings",
+    "provenance",
+    "turned",
+)
+"""What of a reader's metadata the archive keeps, for the writer of the same format, or for what is to be said of it."""
 
 
 def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -103,9 +103,6 @@ class Reparametrized(Layer):
     reparametrization_axis: int | None = None
 
 
-_RAW_KERNEL = ("kernel_magnitude", "kernel_direction", "kernel_raw", "kernel_u", "kernel_v")
-
-
 class Dense(Reparametrized):
     """y = kernel · x + bias over the last axis."""
 

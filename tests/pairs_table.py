@@ -38,6 +38,9 @@ the framework above, and that framework computed the same inputs. A layer kind i
 were told (`--flatten`). *m*: which layers of a stack are which was told (`--map`).
 A file of the whole model, or a template, needs neither. Wrong: {wrong}.
 
+Equinox has no column: its files hold no names, so that only live models convert. Its layers are proved against torch in
+`tests/importers/test_equinox.py`.
+
 """
 
 WORDS = {

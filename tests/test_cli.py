@@ -139,6 +139,11 @@ def test_a_suffix_that_a_framework_does_not_write(
     assert ".caffe" in said and said.endswith("choose another suffix")
 
 
+def test_a_suffix_of_copies_alone(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for suffix in (".weights.json", ".safetensors.index.json"):
+        assert "--into" in failing(["convert", model, tmp_path / f"out{suffix}"], capsys, 2)
+
+
 def test_export_import_and_back(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     archive = tmp_path / "model.nwt"
     assert main(["export", str(model)]) == 0

@@ -207,10 +207,11 @@ def _name_node_tensors(nodes: Iterable[NodeProto], prefix: str, found: dict[str,
 
 
 def _put(found: dict[str, TensorProto], name: str, tensor: TensorProto) -> None:
-    unique, count = name, 1
+    inside = name.lstrip("/")
+    unique, count = inside, 1
     while unique in found:
         count += 1
-        unique = f"{name}#{count}"
+        unique = f"{inside}#{count}"
     found[unique] = tensor
 
 

@@ -17,6 +17,7 @@ from typing import BinaryIO, Final
 
 from neutral.containers.elements import element_bytes
 from neutral.containers.paddle_file import DTYPES, NAME_TABLE
+from neutral.containers.pickle_writing import pickled_text, pickled_whole
 from neutral.errors import Problem, Refused
 from neutral.native import Tensor
 
@@ -43,15 +44,15 @@ def write_state_dict(
         function = b"h\x00" if seen else b"cnumpy.core.multiarray\n_reconstruct\n" + _MEMO_FUNCTION
         cls = b"h\x01" if seen else b"cnumpy\nndarray\n" + _MEMO_CLASS
         seen.add(name)
-        out.write(_text(name) + function + cls + b"K\x00\x85C\x01b\x87R")
-        shape = b"(" + b"".join(_whole(n) for n in data.shape) + b"t"
+        out.write(pickled_text(name) + function + cls + b"K\x00\x85C\x01b\x87R")
+        shape = b"(" + b"".join(pickled_whole(n) for n in data.shape) + b"t"
         out.write(b"(K\x01" + shape + _dtype(_CODES[data.dtype]) + b"\x89\x8e" + struct.pack("<Q", data.nbytes))
         for piece in element_bytes(data):
             out.write(piece)
         out.write(b"tb")
     if own_names is not None:
-        pairs = b"".join(_text(name) + _text(own) for name, own in own_names.items())
-        out.write(_text(NAME_TABLE) + b"}(" + pairs + b"u")
+        pairs = b"".join(pickled_text(name) + pickled_text(own) for name, own in own_names.items())
+        out.write(pickled_text(NAME_TABLE) + b"}(" + pairs + b"u")
     out.write(b"u.")
 
 
@@ -59,19 +60,8 @@ def _dtype(code: str) -> bytes:
     order = b"|" if code.endswith("1") else b"<"
     return (
         b"cnumpy\ndtype\n"
-        + _text(code)
+        + pickled_text(code)
         + b"\x89\x88\x87R(K\x03"
-        + _text(order.decode())
+        + pickled_text(order.decode())
         + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     )
-
-
-def _text(text: str) -> bytes:
-    raw = text.encode("utf-8")
-    return b"X" + struct.pack("<I", len(raw)) + raw
-
-
-def _whole(number: int) -> bytes:
-    if number < 1 << 31:
-        return b"J" + struct.pack("<i", number)
-    return b"\x8a\x09" + number.to_bytes(9, "little")

@@ -13,12 +13,12 @@
 from __future__ import annotations
 
 import math
-import struct
 import sys
 from collections.abc import Hashable, Iterable
 from typing import BinaryIO, Final
 
 from neutral.containers.elements import element_bytes
+from neutral.containers.pickle_writing import pickled_text, pickled_whole
 from neutral.containers.torch_refs import DTYPES, STORAGES
 from neutral.containers.zip_writing import NewMember, write_zip
 from neutral.errors import Problem, Refused
@@ -49,7 +49,7 @@ def write_state_dict(out: BinaryIO, entries: Iterable[tuple[str, Tensor, Hashabl
         names.add(name)
         group = object() if identity is None or data.size == 0 else (identity, data.shape, data.dtype)
         key, _ = storages.setdefault(group, (str(len(storages)), data))
-        pickled += _text(name) + _pickled_tensor(key, data)
+        pickled += pickled_text(name) + _pickled_tensor(key, data)
     pickled += b"u."
     members = [
         NewMember("archive/data.pkl", len(pickled), [pickled]),
@@ -70,26 +70,15 @@ def _pickled_tensor(key: str, data: Tensor) -> bytes:
     count = data.nbytes if new else data.size
     storage = (
         b"("
-        + _text("storage")
+        + pickled_text("storage")
         + f"ctorch{'.storage' if new else ''}\n{cls}\n".encode()
-        + _text(key)
-        + _text("cpu")
-        + _whole(count)
+        + pickled_text(key)
+        + pickled_text("cpu")
+        + pickled_whole(count)
         + b"tQ"
     )
-    shape = b"(" + b"".join(map(_whole, data.shape)) + b"t(" + b"".join(map(_whole, strides)) + b"t"
-    args = b"(" + storage + _whole(0) + shape + b"\x89" + _ORDERED_DICT
+    shape = b"(" + b"".join(map(pickled_whole, data.shape)) + b"t(" + b"".join(map(pickled_whole, strides)) + b"t"
+    args = b"(" + storage + pickled_whole(0) + shape + b"\x89" + _ORDERED_DICT
     if new:
         return b"ctorch._utils\n_rebuild_tensor_v3\n" + args + f"ctorch\n{new}\ntR".encode()
     return b"ctorch._utils\n_rebuild_tensor_v2\n" + args + b"tR"
-
-
-def _text(text: str) -> bytes:
-    raw = text.encode("utf-8")
-    return b"X" + struct.pack("<I", len(raw)) + raw
-
-
-def _whole(number: int) -> bytes:
-    if number < 1 << 31:
-        return b"J" + struct.pack("<i", number)
-    return b"\x8a\x09" + number.to_bytes(9, "little")

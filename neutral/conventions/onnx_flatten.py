@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from neutral.containers.onnx import NodeProto
+from neutral.conventions.onnx_ranks import ELEMENTWISE
 from neutral.conventions.onnx_scope import Numbers, Scope
 
 PLAIN, IMAGE, LAST, FLAT, TURNED, DIVIDED, MIXED, GIVEN, JOINED, UNKNOWN = (
@@ -378,47 +379,8 @@ _OF_SEQUENCES = frozenset(
         "Unsqueeze",
     ]
 )
-_ELEMENTWISE = [
-    "Abs",
-    "Cast",
-    "Ceil",
-    "Celu",
-    "Clip",
-    "Cos",
-    "Dropout",
-    "Elu",
-    "Erf",
-    "Exp",
-    "Floor",
-    "Gelu",
-    "HardSigmoid",
-    "HardSwish",
-    "Identity",
-    "LeakyRelu",
-    "Log",
-    "LogSoftmax",
-    "Mish",
-    "Neg",
-    "Not",
-    "Reciprocal",
-    "Relu",
-    "Round",
-    "Selu",
-    "Shrink",
-    "Sigmoid",
-    "Sign",
-    "Sin",
-    "Softmax",
-    "Softplus",
-    "Softsign",
-    "Sqrt",
-    "Swish",
-    "Tanh",
-    "ThresholdedRelu",
-    "PRelu",
-]
 _RULES: dict[str, Rule] = {
-    **dict.fromkeys(_ELEMENTWISE, _same),
+    **dict.fromkeys(ELEMENTWISE, _same),
     **dict.fromkeys(
         [
             "AveragePool",

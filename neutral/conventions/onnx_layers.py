@@ -241,7 +241,7 @@ class _Finder:
             name = leaf.name
             if name in claimed:
                 # It is a layer's weight, too: both uses must get the same elements.
-                path = (module_of(node) if node else "") or (node.name if node else "") or leaf.name
+                path = (module_of(node) if node else "") or (node.name if node else "").lstrip("/") or leaf.name
                 name, local = f"{leaf.name}@{path}", "value"
                 path = path if path not in taken else name
             elif not path or anonymous(leaf.name) or "/" in leaf.name or path in taken:
@@ -345,6 +345,7 @@ def _wanted_path(candidate: Candidate) -> str:
         path = module
     if not path:
         path = node.name or next((name for name in node.outputs if name), candidate.cls or "layer")
+        path = path.lstrip("/") or candidate.cls or "layer"
     # Folded weights must not pass for those of the layer that had the name.
     return f"{path}_{candidate.folded}" if candidate.folded else path
 

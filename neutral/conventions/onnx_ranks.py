@@ -6,11 +6,9 @@ from neutral.containers.onnx import NodeProto
 from neutral.conventions.onnx_scope import Scope
 
 _MOST_STEPS = 64
-_LIKE_FIRST = frozenset(
+ELEMENTWISE = frozenset(
     [
         "Abs",
-        "AveragePool",
-        "BatchNormalization",
         "Cast",
         "Ceil",
         "Celu",
@@ -22,30 +20,22 @@ _LIKE_FIRST = frozenset(
         "Exp",
         "Floor",
         "Gelu",
-        "GlobalAveragePool",
-        "GlobalMaxPool",
-        "GroupNormalization",
         "HardSigmoid",
         "HardSwish",
         "Identity",
-        "InstanceNormalization",
-        "LRN",
-        "LayerNormalization",
         "LeakyRelu",
         "Log",
         "LogSoftmax",
-        "MaxPool",
         "Mish",
         "Neg",
-        "PRelu",
-        "Pad",
-        "RMSNormalization",
+        "Not",
+        "Reciprocal",
         "Relu",
-        "Resize",
         "Round",
         "Selu",
         "Shrink",
         "Sigmoid",
+        "Sign",
         "Sin",
         "Softmax",
         "Softplus",
@@ -54,6 +44,24 @@ _LIKE_FIRST = frozenset(
         "Swish",
         "Tanh",
         "ThresholdedRelu",
+        "PRelu",
+    ]
+)
+"""Operators that compute each element of the first value by itself."""
+_LIKE_FIRST = ELEMENTWISE | frozenset(
+    [
+        "AveragePool",
+        "BatchNormalization",
+        "GlobalAveragePool",
+        "GlobalMaxPool",
+        "GroupNormalization",
+        "InstanceNormalization",
+        "LRN",
+        "LayerNormalization",
+        "MaxPool",
+        "Pad",
+        "RMSNormalization",
+        "Resize",
         "Transpose",
         "Upsample",
     ]

@@ -116,10 +116,6 @@ def _square_state(sizes: Sizes) -> bool:
     return sizes.get("hidden") == sizes.get("unit") and "projected" not in sizes
 
 
-def _projected_state(sizes: Sizes) -> bool:
-    return "projected" in sizes
-
-
 def _grouped(sizes: Sizes) -> bool:
     """The bias of a transposed convolution has `groups` times the kernel's output channels."""
     if "channel" not in sizes:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
+import neutral
 from neutral.canon import canonical_layers
 from neutral.canonical import CanonicalLayer
 from neutral.conventions.onnx import ONNX
@@ -228,6 +229,21 @@ def test_a_slope_belongs_to_the_axis_that_it_reaches(
     )
 
 
+def test_names_with_a_slash_in_front_stay_inside_a_folder(tmp_path: Path) -> None:
+    """Torch's older exporter calls its nodes and constants so, such as those of a group norm."""
+    stored = numpy_helper.from_array(normal(4, 1, 1))
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["/m"], name="/MatMul"),
+        helper.make_node("Constant", [], ["/gn/Constant_2_output_0"], value=stored),
+        helper.make_node("Mul", ["/m", "/gn/Constant_2_output_0"], ["/gn/Mul_output_0"], name="/gn/Mul"),
+    ]
+    source = model_of(tmp_path / "x.onnx", nodes, {"w": normal(4, 4)}, {"x": ["n", 4, 4, 4]})
+    with neutral.export_model(source, tmp_path / "x.nwt") as archive:
+        assert sorted(archive.names()) == ["MatMul/kernel", "gn/Constant_2_output_0/value"]
+    neutral.import_model(tmp_path / "x.nwt", into=source, out=tmp_path / "y.onnx")
+    assert neutral.diff(source, tmp_path / "y.onnx").same
+
+
 @pytest.mark.parametrize(("axis", "scale", "shape", "kind"), [
     (-1, (4,), ["n", 4, 4, 4], "layer_norm"),
     (-2, (4, 4), ["n", 4, 4, 4], "layer_norm"),
@@ -268,6 +284,26 @@ def test_a_flatten_of_a_turned_image(last: bool, turned: bool, tmp_path: Path) -
     dense = next(layer for layer in canonical_layers(model, ONNX) if layer.kind == "dense")
     expected = w.reshape(9, 4, 5).swapaxes(0, 1).reshape(36, 5).T if turned else w.T
     np.testing.assert_array_equal(dense.tensors["kernel"].data.read(), expected)
+
+
+def test_a_turned_image_is_told_where_the_template_has_no_graph(tmp_path: Path) -> None:
+    """A torch model that permutes before its Flatten is exported so, and wants the weights back as they were."""
+    nodes = [
+        node("Conv", "x c", "i"),
+        node("Transpose", "i", "t", perm=[0, 2, 3, 1]),
+        node("Flatten", "t", "f"),
+        node("Gemm", "f fc.weight", "y", transB=1),
+    ]
+    weights = {"c": normal(2, 2, 1, 1), "fc.weight": normal(3, 8)}
+    source = model_of(tmp_path / "x.onnx", nodes, weights, {"x": ["n", 2, 2, 2]})
+    template = {"c.weight": torch.zeros(2, 2, 1, 1), "fc.weight": torch.zeros(3, 8)}
+    torch.save(template, tmp_path / "t.pt")
+    for middle in (source, tmp_path / "x.nwt"):
+        if middle != source:
+            neutral.export_model(source, middle).close()
+        report = neutral.convert(middle, tmp_path / "out.pt", into=tmp_path / "t.pt", force=True)
+        assert [text.split(":")[0] for text in report.warnings] == ["fc"]
+        assert "permutation" in report.warnings[0]
 
 
 def test_a_dense_layer_in_front_of_an_image(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 import h5py
 import keras
 import numpy as np
+import onnx
 import pytest
 import tf_keras
 
+import neutral
 from neutral.containers.files import new_file
 from neutral.errors import Refused
 from neutral.exporters.keras import read, read_live
@@ -266,3 +268,24 @@ def test_what_has_no_place_is_refused(tmp_path: Path) -> None:
         with pytest.raises(Refused), new_file(tmp_path / "b.keras") as out:
             write_keras(out, config, layers)
     assert [path.name for path in tmp_path.iterdir()] == ["a.keras"]
+
+
+@pytest.mark.parametrize("equation", ["ij,jk->ik", "ij,kj->ik", "ij,jk->ki"])
+def test_an_einsum_that_is_a_dense_layer_becomes_one(equation: str, tmp_path: Path) -> None:
+    """What has the batch elsewhere than in front is none of Keras' layers."""
+    kernel, x = np.random.default_rng(0).normal(size=(2, 4, 4)).astype("float32")
+    node = onnx.helper.make_node("Einsum", ["x", "fc.weight"], ["y"], equation=equation)
+    info = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (("x", ["n", 4]), ("y", None))
+    ]
+    stored = onnx.numpy_helper.from_array(kernel, "fc.weight")
+    graph = onnx.helper.make_graph([node], "g", info[:1], info[1:], [stored])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)]), tmp_path / "x.onnx")
+    if equation.endswith("i"):
+        with pytest.raises(Refused, match="batch in front"):
+            neutral.convert(tmp_path / "x.onnx", tmp_path / "x.keras")
+        return
+    neutral.convert(tmp_path / "x.onnx", tmp_path / "x.keras")
+    made = keras.models.load_model(tmp_path / "x.keras")
+    np.testing.assert_allclose(np.asarray(made(x)), np.einsum(equation, x, kernel), atol=1e-5)

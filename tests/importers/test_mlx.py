@@ -222,6 +222,16 @@ def test_groups_that_take_other_channels(tmp_path: Path) -> None:
     assert any("the template does not say how it groups channels" in warning for warning in report.warnings)
 
 
+def test_a_new_file_says_how_its_group_norm_is_to_be_built(tmp_path: Path) -> None:
+    torch.save(torch.nn.Sequential(torch.nn.GroupNorm(2, 4), torch.nn.GroupNorm(1, 4)), tmp_path / "x.pt")
+    report = neutral.convert(tmp_path / "x.pt", tmp_path / "x.safetensors", to="mlx")
+    assert [note for note in report.notes if "0: for GroupNorm(pytorch_compatible=True)" in note]
+    assert not any(note.startswith(("1:", "0, 1:")) for note in report.notes)
+    nn.Sequential(nn.GroupNorm(2, 4)).save_weights(str(tmp_path / "g.safetensors"))
+    with pytest.raises(Refused, match=r"without the number of groups.*--into"):
+        neutral.convert(tmp_path / "g.safetensors", tmp_path / "g.pt", to="torch", kinds={"*0": "group_norm"})
+
+
 def test_a_convolution_from_a_file_may_be_transposed(tmp_path: Path) -> None:
     nn.Sequential(nn.Conv2d(3, 4, 3)).save_weights(str(tmp_path / "x.safetensors"))
     with pytest.raises(Refused, match="--kind"):
