@@ -6,7 +6,7 @@ Transpose of the graph is made where an operator wants the axes in that order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -247,6 +247,10 @@ class Builder:
         if x.channels:
             self.flows[self.node.outputs[0]] = replace(y, channels=x.channels)
 
+    def passed(self) -> None:
+        """The output at hand is the first input itself."""
+        self.flows[self.node.outputs[0]] = self.flows[self.value_of(0)]
+
     def image(self, *flows: Flow) -> None:
         """The second axis of these values is channels, those behind it are space."""
         self._images.update(self._root(flow.value) for flow in flows if flow.rank > 2)
@@ -333,6 +337,23 @@ class Builder:
             for name, sizes in self.sizes.items()
         }
         return Graph(inputs=tuple(inputs), outputs=tuple(outputs), values=values, nodes=tuple(nodes))
+
+
+Rule = Callable[[Builder], None]
+"""Adds the nodes that stand for the node at hand."""
+
+
+def broadcast(shapes: Sequence[Sizes]) -> Sizes:
+    """The sizes of values that are joined element by element."""
+    rank = max(len(shape) for shape in shapes)
+    made: list[int | None] = []
+    for sizes in zip(*((1,) * (rank - len(shape)) + tuple(shape) for shape in shapes), strict=True):
+        wide = [n for n in sizes if n != 1]
+        known = {n for n in wide if n is not None}
+        if len(known) > 1:
+            raise Inexpressible(f"values of sizes {' and '.join(map(str, shapes))} that do not fit each other")
+        made.append(1 if not wide else next(iter(known), None))
+    return tuple(made)
 
 
 def scalar_of(scope: Scope, value: str) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from neutral.conventions.onnx_layers import FoundLayer
 from neutral.exporters.onnx_flow import Builder, Flow, Inexpressible, Sizes
-from neutral.exporters.onnx_operators import windows
+from neutral.exporters.onnx_spatial import windows
 from neutral.schema.graph import Attribute
 from neutral.schema.node_settings import equation_terms
 

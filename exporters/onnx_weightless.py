@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from neutral.exporters.onnx_flow import Builder, Inexpressible
-from neutral.exporters.onnx_operators import Rule
+from neutral.exporters.onnx_flow import Builder, Inexpressible, Rule
 from neutral.schema.graph import Attribute
 
 

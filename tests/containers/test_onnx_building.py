@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +16,7 @@ from neutral.containers.onnx_building import Described, Model, Node, write
 from neutral.errors import Refused
 from neutral.native import Tensor, from_array
 
-ATTRIBUTES = {
+ATTRIBUTES: dict[str, Any] = {
     "zero": 0,
     "below": -3,
     "large": -(1 << 63),

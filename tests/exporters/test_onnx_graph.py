@@ -200,7 +200,7 @@ def test_a_vector_in_tensorflows_order_that_leaves_the_model(tmp_path: Path) -> 
 # --- recurrent layers ---
 
 
-def recurrent(kind: str, ways: int, extra: dict[str, Any] | None = None, **more: Any) -> tuple[Any, dict[str, Array]]:
+def recurrent(kind: str, ways: int, **more: Any) -> tuple[Any, dict[str, Array]]:
     gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[kind]
     given = {
         "rnn.W": weight(ways, gates * 4, 5), "rnn.R": weight(ways, gates * 4, 4), "rnn.B": weight(ways, 2 * gates * 4),
@@ -561,7 +561,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Array]] = {
 
 @pytest.mark.parametrize("how", ["dynamo", "unoptimized", "fixed", "torchscript"])
 @pytest.mark.parametrize("name", MODULES)
-def test_what_torch_exports(name: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_torch_exports(name: str, how: str, tmp_path: Path) -> None:
     make, x = MODULES[name]
     module, path = m.randomized(make(), 3), tmp_path / "torch.onnx"
     free = {"dynamic_shapes": ({0: torch.export.Dim("batch")},)}
