@@ -35,7 +35,17 @@ def witnessed(model: NativeModel) -> tuple[NativeModel, dict[str, Witnessed]]:
 
 def template_format(template: Path, to: str | None = None) -> tuple[Framework, Format]:
     """What a template is. Where its content does not say whose it is, `to` does."""
-    name, found = frameworks.detect(template)
+    try:
+        name, found = frameworks.detect(template)
+    except Refused:
+        fits = (
+            [form for form in frameworks.framework(to).formats.values() if suffix_of(template) in form.suffixes]
+            if to
+            else []
+        )
+        if to is None or not fits:
+            raise
+        return frameworks.framework(to), fits[0]
     if name == ARCHIVE:
         raise WrongUsage(
             Problem(str(template), "an archive as the template", "a framework's own file", "name a model to be filled")
