@@ -31,7 +31,7 @@ demo: $(READY)
 	$(BIN)/python demo/lenet5.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: lint types layers readme wheel
 

@@ -33,3 +33,19 @@ def tensorflow_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Work
 @pytest.fixture(scope="session")
 def workers(torch_worker: Worker, keras_worker: Worker, tensorflow_worker: Worker) -> dict[str, Worker]:
     return {"torch": torch_worker, "keras": keras_worker, "tensorflow": tensorflow_worker}
+
+
+LONG = (
+    "test_pairs",
+    "test_zoo",
+    "test_chains",
+    "test_columns_a",
+    "test_crossing_mlx",
+    "test_crossing_paddle",
+    "test_columns_b",
+)
+"""Files that take minutes. They come first, so that at the end no process waits for one of them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
