@@ -237,8 +237,11 @@ def kind_hints(case: Case, column: str) -> dict[str, str]:
 
 
 def kind_of(row: Layer) -> str:
-    """Keras has instance norms as group norms of one channel a group."""
-    return "instance_norm" if row.args.get("groups") == -1 else KIND_OF[row.cls]
+    """Keras has instance norms as group norms of one channel a group, torch depthwise convolutions as grouped ones."""
+    groups = row.args.get("groups", 1)
+    if groups > 1 and groups == row.args.get("in_channels"):
+        return "depthwise"
+    return "instance_norm" if groups == -1 else KIND_OF[row.cls]
 
 
 def stacked_paths(case: Case, column: str) -> list[str]:
