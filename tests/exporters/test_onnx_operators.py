@@ -6,6 +6,7 @@ by definitions that know nothing of ONNX.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from neutral.canonical import CanonicalLayer
 from neutral.conventions.onnx import ONNX
 from neutral.exporters.onnx import read
 
-onnx = pytest.importorskip("onnx")
-torch = pytest.importorskip("torch")
+onnx = importlib.import_module("onnx")
+torch = importlib.import_module("torch")
 
 Array = np.ndarray
 Weights = dict[str, Array]

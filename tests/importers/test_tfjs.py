@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from neutral.containers.tfjs_model import open_tfjs
 from neutral.errors import NeutralError, Refused
 from tests.tfjs_models import Array, Json, layer, save, sequential, weights
 
-torch = pytest.importorskip("torch")
+torch = importlib.import_module("torch")
 nn = torch.nn
 
 

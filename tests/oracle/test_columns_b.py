@@ -4,6 +4,7 @@ Keras compute when their weights are copied by hand."""
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -195,7 +196,7 @@ STANDARD = {
 
 @pytest.mark.parametrize("module", STANDARD)
 def test_onnxruntime_runs_the_standards_own_examples(module: str, tmp_path: Path, onnx_worker: Worker) -> None:
-    onnx = pytest.importorskip("onnx")
+    onnx = importlib.import_module("onnx")
     node = importlib.import_module("onnx.backend.test.case.node")
     importlib.import_module(f"onnx.backend.test.case.node.{module}")
     ran = 0
@@ -214,6 +215,7 @@ def test_onnxruntime_runs_the_standards_own_examples(module: str, tmp_path: Path
 @pytest.fixture(scope="module")
 def tfjs_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     if reason := tfjs_runner.prepare():
+        assert not os.environ.get("CI"), reason
         pytest.skip(reason)
     with Worker("tfjs", tmp_path_factory.mktemp("tfjs")) as worker:
         yield worker
