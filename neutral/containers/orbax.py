@@ -46,7 +46,7 @@ from neutral.containers.orbax_metadata import (
 from neutral.containers.tree import DTYPES, Path, PyTree, dotted, grouped, in_order, misfits
 from neutral.containers.zarr import Source, Store, ZarrArray, read_array
 from neutral.containers.zarr_writing import rewrite_chunks, write_array
-from neutral.errors import BadFile, Problem, Refused, Unsupported, raise_all
+from neutral.errors import BadFile, Problem, Refused, Unsupported, printable, raise_all
 from neutral.native import Tensor, from_array
 
 _MOST_CHILDREN = 10_000
@@ -101,7 +101,8 @@ def locate(folder: FilePath, key: str | None) -> str:
         return wanted[0]
     listed = ", ".join(name or "itself" for name in names[:20]) + (", …" if len(names) > 20 else "")
     what = f"{len(found)} checkpoints: {listed}" if key is None else f"the key {key!r} for {listed}"
-    raise Refused(Problem(str(folder), what, "one", "choose one with --key"))
+    keys = ", ".join(f"--key {printable(name, 80)}" for name in names[:20] if name)
+    raise Refused(Problem(str(folder), what, "one", f"choose one: {keys}"))
 
 
 def split_key(folder: FilePath, key: str | None) -> tuple[str | None, str | None]:

@@ -165,9 +165,10 @@ class PaddleFile:
         if not self.sets:
             raise BadFile(Problem(where, "no array", "a state dict", "is this a file of weights?"))
         if len(self.sets) > 1:
-            names = ", ".join(f"--key {printable(name, 80)}" if name else "its own" for name in list(self.sets)[:20])
+            names = ", ".join(printable(name, 80) or "its own" for name in list(self.sets)[:20])
+            keys = ", ".join(f"--key {printable(name, 80)}" for name in list(self.sets)[:20] if name)
             found = f"{len(self.sets)} sets of weights ({names})"
-            raise Refused(Problem(where, found, "to know which one is meant", "choose one with --key"))
+            raise Refused(Problem(where, found, "to know which one is meant", f"choose one: {keys}"))
         return next(iter(self.sets.items()))
 
     def names(self, key: str) -> dict[str, str] | None:

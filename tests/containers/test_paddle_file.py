@@ -56,7 +56,7 @@ def test_tensors_inside_other_objects(tmp_path: Path, protocol: int) -> None:
 
 
 def test_several_sets_are_for_the_user_to_choose_from(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=r"2 sets of weights .--key model, --key ema.*choose one"):
+    with pytest.raises(Refused, match=r"2 sets of weights .model, ema.*choose one: --key model, --key ema"):
         opened(tmp_path, {"model": STATE, "ema": STATE}).choose(None)
 
 
