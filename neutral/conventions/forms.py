@@ -168,6 +168,7 @@ class Convention:
     `deciding`: what of a layer's config and local shapes tells its form where class and canonical tensors do not.
     `auto_names`: the name that the framework gives to an unnamed layer of a class, without its number -> the class.
     `kinds`: layer kinds that neutral does not have; only the convention of a plug-in has any.
+    `advice`: how to build a layer as other frameworks' are, by the setting that differs from all of theirs.
     """
 
     framework: str
@@ -177,6 +178,7 @@ class Convention:
     deciding: Callable[[Config, Shapes], dict[str, Any]] = field(default=lambda config, shapes: {})
     auto_names: Mapping[str, str] = field(default_factory=dict)
     kinds: tuple[type[Layer], ...] = ()
+    advice: Mapping[str, str] = field(default_factory=dict)
 
 
 def same_family(a: Convention, b: Convention) -> bool:

@@ -137,6 +137,7 @@ def _projections() -> tuple[Row, ...]:
 MLX = Convention(
     framework="mlx",
     flatten="position channel",
+    advice={"grouping": "use GroupNorm(pytorch_compatible=True) in MLX"},
     forms=(
         _named(
             "Linear", "dense", Row("kernel", "weight", "out in"), Row("bias", "bias", "out"), attributes=_no_settings
