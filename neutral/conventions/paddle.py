@@ -230,8 +230,8 @@ def _weight_norms(
     attributes: Attributes | None,
     check: _Check,
 ) -> list[Form]:
-    """A magnitude has one axis, and only a live layer says which one of the kernel it is: from a file it is known where no
-    other axis has as many elements."""
+    """A magnitude has one axis, and only a live layer or a hint says which one of the kernel it is: from a file it is known
+    where no other axis has as many elements."""
     certain, told = [], []
     for dim, axis in enumerate(axes.split()[:2]):
         rows = (
@@ -243,7 +243,8 @@ def _weight_norms(
         alone = layer(kind, *rows, attributes=known, check=_alone(axis, axes.split(), check))
         certain.append(Form(classes, (alone,), applies=_told(WEIGHT_NORM_DIM, None)))
         part = layer(kind, *rows, attributes=known, check=check)
-        told.append(Form(classes, (part,), guessable=False, applies=_told(WEIGHT_NORM_DIM, dim)))
+        says = f"{WEIGHT_NORM_DIM}={dim}"
+        told.append(Form(classes, (part,), guessable=False, applies=_told(WEIGHT_NORM_DIM, dim), says=says))
     # One number for the whole kernel: a layout of no axes.
     whole = (
         Row("kernel_magnitude", "weight_g", " ", " ", required=True),
