@@ -131,6 +131,7 @@ class Part:
     """One canonical layer in a native one. `check` says whether the bound axis sizes can be true.
 
     `any_reset`: a GRU of two biases whose reset gate may act before or after the product, as its config says.
+    `sizes`: those of fused axes, where the config says them.
     """
 
     kind: str
@@ -139,6 +140,7 @@ class Part:
     attributes: Attributes = no_attributes
     check: Callable[[Sizes], bool] = any_sizes
     any_reset: bool = False
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
