@@ -317,7 +317,8 @@ def kind_advice(layer: CanonicalLayer, convention: Convention) -> str:
     """What helps with a layer of unknown kind."""
     if hintable({role: tensor.data.shape for role, tensor in layer.weights.items()}, convention):
         return f"export again with --kind '{layer.path}=KIND'"
-    return foreign_names(convention)
+    told = (convention.advice[role] for role in layer.weights if role in convention.advice)
+    return next(told, foreign_names(convention))
 
 
 def _other_kind(layer: NativeLayer, convention: Convention) -> str:

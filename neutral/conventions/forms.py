@@ -170,7 +170,7 @@ class Convention:
     `deciding`: what of a layer's config and local shapes tells its form where class and canonical tensors do not.
     `auto_names`: the name that the framework gives to an unnamed layer of a class, without its number -> the class.
     `kinds`: layer kinds that neutral does not have; only the convention of a plug-in has any.
-    `advice`: how to build a layer as other frameworks' are, by the setting that differs from all of theirs.
+    `advice`: what to do with a layer that no other framework has, by its setting, or its tensor, that they do not have.
     """
 
     framework: str
