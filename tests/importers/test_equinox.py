@@ -487,3 +487,33 @@ def test_ones_own_layer_is_not_taken_for_that_of_equinox() -> None:
 def test_the_walk_is_that_of_jax(model: Any) -> None:
     found = checked(model)
     assert all(a is b for a, b in zip(found.all, jax.tree_util.tree_leaves(model), strict=True))
+
+
+def test_a_file_without_names_says_what_to_do_and_that_works(tmp_path: Path) -> None:
+    """The advice, taken word for word."""
+    model, twin, x = _mlp()
+    file, out, torch_file, new = (tmp_path / name for name in ("m.eqx", "new.pt", "twin.pt", "new.eqx"))
+    eqx.tree_serialise_leaves(file, model)
+    torch.save(twin, torch_file)
+    advice = r"neutral\.convert\(equinox\.tree_deserialise_leaves\(FILE, model\), OUT\)$"
+    for into in (None, torch_file):
+        with pytest.raises(Refused, match=advice):
+            neutral.convert(file, out, into=into, flatten={})
+    neutral.convert(eqx.tree_deserialise_leaves(file, model), out, into=torch_file, flatten={})
+    loaded = torch.load(out, weights_only=False)
+    assert np.allclose(loaded(torch.from_numpy(x)).detach(), jax.vmap(model)(x), atol=1e-5)
+
+    with pytest.raises(
+        Refused, match=r"into=model\)\.model, and save that with equinox\.tree_serialise_leaves\(OUT, model\)$"
+    ):
+        neutral.convert(torch_file, new, into=file, flatten={})
+    filled = neutral.convert(torch_file, into=model, flatten={}).model
+    eqx.tree_serialise_leaves(new, filled)
+    again = eqx.tree_deserialise_leaves(new, model)
+    assert np.allclose(twin(torch.from_numpy(x)).detach(), jax.vmap(again)(x), atol=1e-5)
+    neutral.convert(file, tmp_path / "leaves.npz")
+
+
+def _mlp() -> tuple[eqx.nn.MLP, torch.nn.Module, np.ndarray]:
+    twin = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 4))
+    return eqx.nn.MLP(3, 4, 5, 1, key=key()), twin, _floats(2, 3)
