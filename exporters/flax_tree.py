@@ -22,7 +22,7 @@ from typing import Any, Final
 from neutral.containers.tree import Path
 from neutral.conventions.flax import ATTENTION_PARTS, CELLS, FORMS, PARAMS, STATISTICS, full_name
 from neutral.errors import BadFile, Problem, Refused, printable, raise_all
-from neutral.exporters.flax_scan import unstacked
+from neutral.exporters.flax_scan import Known, auto_named, unstacked
 from neutral.native import NativeLayer, NativeTensor, Tensor
 
 _NO_WEIGHTS: Final = re.compile(
@@ -246,12 +246,12 @@ def _without_value(weights: dict[Path, NativeTensor]) -> dict[Path, NativeTensor
 # Layers
 
 
-def layers(weights: Mapping[Path, NativeTensor]) -> tuple[NativeLayer, ...]:
+def layers(weights: Mapping[Path, NativeTensor], known: Known = auto_named) -> tuple[NativeLayer, ...]:
     """The layers of a set of weights, in the order of their first tensors; recurrent cells and attentions in one piece.
 
-    Those in a stack are layers of their own.
+    Those in a stack are layers of their own. `known` tells the class of what is at a path.
     """
-    return grouped(unstacked(weights, grouped))
+    return grouped(unstacked(weights, grouped, known))
 
 
 def grouped(weights: Mapping[Path, NativeTensor]) -> tuple[NativeLayer, ...]:
