@@ -54,11 +54,6 @@ _MOST_LEAVES = 1 << 18
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
 
-def holds_checkpoint(folder: FilePath) -> bool:
-    """Whether a folder is a checkpoint of Orbax, or holds one in a step."""
-    return bool(checkpoints(folder))
-
-
 def checkpoints(folder: FilePath) -> list[str]:
     """The checkpoints in a folder by their places below it: `""` for itself, else those of steps and items."""
     if _is_checkpoint(folder):
