@@ -517,3 +517,30 @@ def test_a_file_without_names_says_what_to_do_and_that_works(tmp_path: Path) -> 
 def _mlp() -> tuple[eqx.nn.MLP, torch.nn.Module, np.ndarray]:
     twin = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 4))
     return eqx.nn.MLP(3, 4, 5, 1, key=key()), twin, _floats(2, 3)
+
+
+STACKED: dict[str, Callable[[jax.Array], Any]] = {
+    "Linear": lambda key: eqx.nn.Linear(3, 5, use_bias=False, key=key),
+    "Conv1d": lambda key: eqx.nn.Conv1d(3, 5, 2, use_bias=False, key=key),
+    "ConvTranspose1d": lambda key: eqx.nn.ConvTranspose1d(4, 6, 2, groups=2, use_bias=False, key=key),
+    "LayerNorm": lambda key: eqx.nn.LayerNorm(5),
+    "RMSNorm": lambda key: eqx.nn.RMSNorm(5, use_bias=False),
+    "GroupNorm": lambda key: eqx.nn.GroupNorm(2, 6),
+    "WeightNorm": lambda key: eqx.nn.WeightNorm(eqx.nn.Conv1d(3, 5, 2, use_bias=False, key=key)),
+    "GRUCell": lambda key: eqx.nn.GRUCell(3, 5, key=key),
+    "Embedding": lambda key: eqx.nn.Embedding(3, 5, key=key),
+}
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_layers_in_one_do_not_pass_for_a_layer_of_more_axes(name: str, tmp_path: Path) -> None:
+    """A stack of Conv1d, as jax.lax.scan runs it, has the tensors of a Conv2d."""
+    holder = eqx.nn.Sequential([eqx.filter_vmap(STACKED[name])(jax.random.split(key(), 6))])
+    for kinds in (None, {"*": "conv"}):
+        with pytest.raises(Refused, match=r"layers\.0: "):
+            neutral.convert(holder, tmp_path / "x.pt", flatten={}, kinds=kinds)
+    file = tmp_path / "m.nwt"
+    neutral.convert(holder, file)
+    neutral.import_model(file, to="equinox", out=tmp_path / "m.eqx")
+    eqx.tree_serialise_leaves(tmp_path / "meant.eqx", holder)
+    assert (tmp_path / "m.eqx").read_bytes() == (tmp_path / "meant.eqx").read_bytes()
