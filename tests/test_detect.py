@@ -39,6 +39,7 @@ def test_a_folder_of_checkpoints_named_by_a_prefix_says_which(tmp_path: Path) ->
 
 def test_a_folder_with_a_model_and_a_checkpoint_below_it_is_neither(tmp_path: Path) -> None:
     """As a model's folder is in which somebody trains: the checkpoint must not pass for the model."""
+    (tmp_path / "runs").mkdir()
     write_orbax({("params", "w"): from_array(np.ones((2, 2), "f4"))}, {}, tmp_path / "runs" / "best")
     (tmp_path / "notes.txt").write_bytes(b"")
     assert detect(tmp_path) == detect(tmp_path / "runs") == ("flax", "orbax")
