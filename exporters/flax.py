@@ -21,6 +21,7 @@ from neutral.containers.safetensors import open_safetensors
 from neutral.conventions.flax import full_name, separator_of
 from neutral.errors import BadFile, Problem, printable
 from neutral.exporters.flax_live import live_arrays, with_class
+from neutral.exporters.flax_scan import auto_named
 from neutral.exporters.flax_tree import WeightSet, choose, layers
 from neutral.native import NativeModel
 
@@ -29,12 +30,8 @@ def read_live(model: Any) -> NativeModel:
     """The weights of a dict of arrays, a FrozenDict, a State, a TrainState or an nnx.Module."""
     live = live_arrays(model)
     chosen = choose(live.leaves, None, type(model).__name__, live.identities)
-    found = layers(chosen.weights)
-    if live.classes:
-        places = {".".join(place): place for place in live.classes}
-        found = tuple(
-            with_class(layer, places[layer.path], live.classes) if layer.path in places else layer for layer in found
-        )
+    found = layers(chosen.weights, live.known if live.classes else auto_named)
+    found = tuple(with_class(layer, live.place(layer.path), live.classes) for layer in found)
     skipped = (f"{len(live.skipped)} PRNG keys are no weights, left out",) if live.skipped else ()
     return NativeModel("flax", "live", found, collections=chosen.rest, notes=(*_notes(chosen), *skipped))
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from neutral.conventions.flax_live import Path, is_random_key, places, unboxed
+from neutral.conventions.flax_settings import shapes_fit
 from neutral.native import NativeLayer, Tensor, from_array
 
 _ACTIVATIONS: Final = {"identity": "linear", "swish": "silu"}
@@ -23,6 +24,15 @@ class Live:
     identities: dict[Path, Hashable] = field(default_factory=dict)
     classes: dict[Path, tuple[str, dict[str, Any]]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+
+    def known(self, path: Path) -> tuple[str, dict[str, Any]] | None:
+        return self.classes.get(path)
+
+    def place(self, layer: str) -> Path:
+        """The module that a layer is, or, one of a stack, that keeps it: its path without the number."""
+        path = tuple(layer.split(".")) if layer else ()
+        without = (path[:i] + path[i + 1 :] for i, key in enumerate(path) if key.isdecimal())
+        return next((place for place in (path, *without) if place in self.classes), path)
 
     def add(self, path: Path, array: Any) -> None:
         if is_random_key(array):
@@ -114,6 +124,8 @@ def with_class(layer: NativeLayer, place: Path, classes: Mapping[Path, tuple[str
     if known is None:
         return layer
     cls, config = known
+    if not shapes_fit(cls, config, {local: tensor.data.shape for local, tensor in layer.tensors.items()}):
+        return replace(layer, cls=f"a stack of {cls}", evidence="class")
     if cls in ("RNN", "Bidirectional"):
         cell = (*place, "cell") if cls == "RNN" else (*place, "forward_rnn", "cell")
         of_cell = classes.get(cell)

@@ -14,14 +14,15 @@ A tree may hold several sets (the raw weights and their moving average, two netw
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from neutral.containers.tree import Path
-from neutral.conventions.flax import ATTENTION_PARTS, CELLS, PARAMS, STATISTICS, full_name
+from neutral.conventions.flax import ATTENTION_PARTS, CELLS, FORMS, PARAMS, STATISTICS, full_name
 from neutral.errors import BadFile, Problem, Refused, printable, raise_all
-from neutral.exporters.flax_scan import unstacked
+from neutral.exporters.flax_scan import Known, auto_named, unstacked
 from neutral.native import NativeLayer, NativeTensor, Tensor
 
 _NO_WEIGHTS: Final = re.compile(
@@ -226,22 +227,31 @@ def _relative(path: Path, chosen: _Found) -> Path | None:
     return None
 
 
+_BOXED: Final = frozenset(row.name.rpartition("/")[2] for form in FORMS for part in form.parts for row in part.rows)
+"""What layers call their tensors."""
+
+
 def _without_value(weights: dict[Path, NativeTensor]) -> dict[Path, NativeTensor]:
-    """Without the key that every Variable of NNX adds to the path of its array."""
-    if all(len(path) > 1 and path[-1] == "value" for path in weights):
-        return {path[:-1]: tensor for path, tensor in weights.items()}
-    return weights
+    """Without the key that a Variable of NNX or a box of Linen (`nn.Partitioned`) adds to the path of its array.
+
+    Every array of NNX has it; of Linen only those that have a box.
+    """
+    boxed = {path for path in weights if len(path) > 1 and path[-1] == "value"}
+    if len(boxed) < len(weights):
+        beside = Counter(path[:-1] for path in weights)
+        boxed = {path for path in boxed if path[-2] in _BOXED and beside[path[:-1]] == 1 and path[:-1] not in weights}
+    return {path[:-1] if path in boxed else path: tensor for path, tensor in weights.items()}
 
 
 # Layers
 
 
-def layers(weights: Mapping[Path, NativeTensor]) -> tuple[NativeLayer, ...]:
+def layers(weights: Mapping[Path, NativeTensor], known: Known = auto_named) -> tuple[NativeLayer, ...]:
     """The layers of a set of weights, in the order of their first tensors; recurrent cells and attentions in one piece.
 
-    Those in a stack are layers of their own.
+    Those in a stack are layers of their own. `known` tells the class of what is at a path.
     """
-    return grouped(unstacked(weights, grouped))
+    return grouped(unstacked(weights, grouped, known))
 
 
 def grouped(weights: Mapping[Path, NativeTensor]) -> tuple[NativeLayer, ...]:

@@ -47,17 +47,17 @@ ORBAX: Final = (".orbax", "")
 
 def fill(
     template: Path, tensors: Mapping[str, Tensor], out: Path, *, force: bool = False, key: str | None = None
-) -> None:
-    """A copy of a file or folder in which the tensors named have new elements; all else stays as it was."""
+) -> list[str]:
+    """A copy of a file or folder in which the tensors named have new elements; all else stays as it was, but for notes."""
     if suffix_of(template) == SAFETENSORS and template.is_file():
         _fill_safetensors(template, tensors, out, force)
-        return
+        return []
     if template.is_dir():
         place, _ = split_key(template, key)
         leaves = _leaves(tensors, lambda: read_orbax(template, place))
-        replace_orbax(template, leaves, out, place, force=force)
-    else:
-        replace_msgpack(template, _leaves(tensors, lambda: read_msgpack(template)), out, force=force)
+        return replace_orbax(template, leaves, out, place, force=force)
+    replace_msgpack(template, _leaves(tensors, lambda: read_msgpack(template)), out, force=force)
+    return []
 
 
 _SLICE: Final = re.compile(r"(.*)#(\d+):(\d+)", re.DOTALL)

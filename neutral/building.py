@@ -17,7 +17,7 @@ from neutral.archive import Contents, manifest_without_digests
 from neutral.canon import Written, binding_for, kind_advice, native_tensors, recognise
 from neutral.canonical import CanonicalLayer, CanonicalTensor
 from neutral.conventions.forms import Convention, same_family
-from neutral.doubts import flatten_remark, undecided_problem
+from neutral.doubts import flatten_remark, undecided_problem, unnamed_problem
 from neutral.errors import Problem, Refused, an, named, raise_all
 from neutral.framework import Format, Framework
 from neutral.journey import Journey
@@ -51,6 +51,7 @@ def build_model(
     elif framework.canonical:
         native = _canonical_model(contents, framework, origin, journey)
     else:
+        raise_all(Refused, unnamed_problem(contents.layers, source))
         native = _foreign_model(contents, framework, convention, origin, manifest, form, journey)
     raise_all(Refused, journey.problems)
     if framework.by_place and native.graph is None and not described and not alike:

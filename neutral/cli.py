@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import neutral
-from neutral import frameworks, report
+from neutral import frameworks, plugins, report
 from neutral.archive import SUFFIX
 from neutral.containers.files import SourceFile
 from neutral.errors import BadFile, NeutralError, Problem, WrongUsage, named, printable
@@ -679,11 +679,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             screen, screen.trouble, str(Problem("memory", "too little of it", "one tile of one tensor to fit"))
         )
     except Exception as error:
-        found = f"{type(error).__name__} ({error})" if str(error) else type(error).__name__
-        problem = Problem(
-            "neutral", found, "no such failure", "this is a bug in neutral: run it with --debug and report it"
-        )
-        return _failed(screen, screen.trouble, str(problem))
+        return _failed(screen, screen.trouble, str(_bug(error)))
+
+
+def _bug(error: Exception) -> Problem:
+    """What nobody meant to happen, and whose bug it is."""
+    found = f"{type(error).__name__} ({error})" if str(error) else type(error).__name__
+    plugin, certain = plugins.blamed(error) or ("", False)
+    where = f"plug-in {plugin}" if certain else "neutral"
+    whose = f"the {where}" if certain else f"neutral, or in the plug-in {plugin}" if plugin else where
+    return Problem(where, found, "no such failure", f"this is a bug in {whose}: run it with --debug and report it")
 
 
 def _run(arguments: list[str], screen: Screen) -> int:

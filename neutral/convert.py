@@ -309,7 +309,7 @@ def _import(contents: Contents, where: Path | None, goal: _Goal, asked: Asked, s
             fill_template(contents, native, framework, asked, journey)
             built, expected = None, {name: Witnessed(tensor) for name, tensor in journey.tensors.items()}
             work = stack.enter_context(work_beside(target))
-            framework.writer().fill(template, expected, work / target.name, key=into_key)
+            journey.notes += framework.writer().fill(template, expected, work / target.name, key=into_key) or ()
             count = len(journey.pairs)
         else:
             built, manifest = build_model(contents, framework, form, target, journey)

@@ -6,7 +6,7 @@ read as the partner's are; what neither side knows stays open.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from neutral.canonical import CanonicalLayer
 from neutral.conventions.forms import Convention, Form, same_family
 from neutral.crossing import MAY_CROSS
 from neutral.errors import NeutralError, Problem, Refused, an
+from neutral.framework import Framework
 from neutral.native import NativeLayer, NativeModel, NativeTensor
 from neutral.origin import origin_of, stored_form
 
@@ -212,6 +213,21 @@ def _shapes(layer: CanonicalLayer) -> dict[str, tuple[int, ...]]:
 
 def _element_counts(layer: CanonicalLayer) -> list[int]:
     return sorted(tensor.data.size for tensor in layer.weights.values())
+
+
+def unnamed_problem(layers: Sequence[CanonicalLayer], framework: Framework, *, template: bool = False) -> list[Problem]:
+    """What to say of a source, or a template, whose file names no weights: nothing can be paired with them."""
+    told = framework.unnamed
+    if told is None or any(layer.kind != "unknown" or set(layer.weights) != {told.tensor} for layer in layers):
+        return []
+    return [
+        Problem(
+            f"the {framework.name} {'template' if template else 'file'}",
+            f"{len(layers)} tensors without names",
+            "to know which is which, which only its model tells",
+            told.template if template else told.source,
+        )
+    ]
 
 
 def unknown_problem(layer: CanonicalLayer, origin: Convention) -> Problem:

@@ -14,7 +14,15 @@ from neutral.archive import Contents
 from neutral.canon import Binding, Known, bind, native_tensors, read_layers, recognise
 from neutral.canonical import CanonicalLayer
 from neutral.conventions.forms import Convention, Form, same_family
-from neutral.doubts import as_known, flatten_remark, reconciled, source_told, tells_wiring, unknown_problem
+from neutral.doubts import (
+    as_known,
+    flatten_remark,
+    reconciled,
+    source_told,
+    tells_wiring,
+    unknown_problem,
+    unnamed_problem,
+)
 from neutral.errors import NeutralError, Problem, Refused, named, raise_all, reworded
 from neutral.framework import Framework
 from neutral.journey import Asked, Journey
@@ -35,6 +43,9 @@ def fill_template(
         known = read_layers(template, convention, kinds=asked.kinds)
     theirs = [layer for _, layers in known for layer in layers]
     alike = same_family(origin, convention)
+    if not alike:
+        raise_all(Refused, unnamed_problem(theirs, framework, template=True))
+        raise_all(Refused, [] if framework.canonical else unnamed_problem(contents.layers, source))
     pairing = pair_layers(
         Side(contents.layers, is_chain(contents.ordered, contents.source.settings, source), contents.graph),
         Side(theirs, is_chain(template.ordered, template.metadata, framework), template.graph),

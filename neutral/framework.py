@@ -42,6 +42,15 @@ class Format:
     beside: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Unnamed:
+    """Files that name no weights: what their tensors are called here, and what helps instead of a file as a source or a template."""
+
+    tensor: str
+    source: str
+    template: str
+
+
 def no_chain(settings: Mapping[str, Any]) -> bool:
     return False
 
@@ -62,7 +71,8 @@ class Framework:
     the frameworks in which it runs weights of a known graph, which these write and run as `rebuilds`. `separator` stands
     between the levels of a new tensor's name. `also` lists frameworks whose suffixes mean theirs when this one is named. A
     `canonical` one stores canonical tensors as they are; files of one with `classes` name each layer's class; one that
-    loads `by_place` finds a weight by the place of its layer; in trees of one that keeps layers `by_name` they stand in the
+    loads `by_place` finds a weight by the place of its layer; `unnamed` says of one whose files name no weights what to do
+    with these; in trees of one that keeps layers `by_name` they stand in the
     order of their names, which tells nothing of the order of computation.
     """
 
@@ -86,6 +96,7 @@ class Framework:
     canonical: bool = False
     classes: bool = False
     by_place: bool = False
+    unnamed: Unnamed | None = None
     by_name: bool = False
 
     @property

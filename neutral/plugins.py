@@ -13,8 +13,10 @@ claims to one name (a framework, a format, a layer kind) are refused, whoever ma
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
+from traceback import walk_tb
 from typing import Any
 
 from neutral.conventions.forms import Convention
@@ -92,6 +94,25 @@ def _framework(name: str, reader: EntryPoint, writer: EntryPoint, convention: En
         signature=getattr(reading, "signature", never),
         live=getattr(reading, "live", lambda model: False),
     )
+
+
+def blamed(error: BaseException) -> tuple[str, bool] | None:
+    """The plug-in in whose code an exception was raised, and True; one that neutral was working for, and False."""
+    packages = {
+        entry.module.rpartition(".")[0] or entry.module: _package(entry)
+        for group in GROUPS
+        for entry in entry_points(group=group)
+        if entry.module in sys.modules
+    }
+    frames = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
+    owners = [_owner(name, {**packages, __package__: ""}) for name in reversed(frames)]
+    ours = [owner for owner in owners if owner is not None]
+    found = next(filter(None, ours), None) or next(iter(packages.values()), None)
+    return None if found is None else (found, ours[:1] == [found])
+
+
+def _owner(module: str, packages: Mapping[str, str]) -> str | None:
+    return next((by for package, by in packages.items() if f"{module}.".startswith(f"{package}.")), None)
 
 
 def _loaded(entry: EntryPoint) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from neutral import signatures
 from neutral.conventions.config_order import is_sequential
-from neutral.framework import Format, Framework, any_chain
+from neutral.framework import Format, Framework, Unnamed, any_chain
 from neutral.signatures import instance_of
 
 _TORCH = (".pt", ".pth", ".ckpt", ".bin")
@@ -109,6 +109,12 @@ BUILT_IN: tuple[Framework, ...] = (
         extra="equinox",
         signature=signatures.equinox,
         live=signatures.live_equinox,
+        unnamed=Unnamed(
+            "leaf",
+            "load it into its model in Python: neutral.convert(equinox.tree_deserialise_leaves(FILE, model), OUT)",
+            "fill the model in Python: model = neutral.convert(SOURCE, into=model).model, and save that with "
+            "equinox.tree_serialise_leaves(OUT, model)",
+        ),
         chain=any_chain,
     ),
     Framework(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -319,13 +319,35 @@ _OF_A_LAYER = ("kernel", "bias", "scale", "embedding", "mean", "var", "negative_
 def flax(probe: Probe) -> str | None:
     """A msgpack map, a folder of Orbax, or a flattened tree that says so or has the collections of Linen."""
     if probe.is_folder:
-        from neutral.containers.orbax import holds_checkpoint
+        from neutral.containers.orbax import checkpoints
 
-        return "orbax" if holds_checkpoint(probe.path) else None
+        places = checkpoints(probe.path)
+        _refuse_several(probe, places)
+        return "orbax" if places else None
     if probe.container == "safetensors":
         metadata, names = probe.safetensors
         return "flax-safetensors" if metadata.get("format") == "flax" or _is_flat_tree(names) else None
     return "msgpack" if not probe.container and _is_msgpack_map(probe.head) else None
+
+
+_OF_MODELS = (
+    *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".pt2", ".ckpt", ".msgpack"),
+    *(".h5", ".weights.h5", ".weights.json", ".keras", ".onnx", ".pdparams", ".npz", ".eqx", ".nwt", ".nwt.index.json"),
+)
+
+
+def _refuse_several(probe: Probe, places: Sequence[str]) -> None:
+    """Checkpoints below a folder are what it is only if no other model lies in it."""
+    if not places or places[0] == "":
+        return
+    beside = sorted(p.name for p in probe.path.iterdir() if suffix_of(p) in _OF_MODELS and p.is_file())
+    if beside:
+        listed = [f"{probe.path / name}" for name in (*beside[:3], *places[:3])]
+        more = ", …" if len(beside) + len(places) > len(listed) else ""
+        found = f"a folder with {beside[0]} and checkpoints of Orbax below it ({places[0]})"
+        raise Refused(
+            Problem(str(probe.path), found, "one model", f"name the one that is meant: {', '.join(listed)}{more}")
+        )
 
 
 def _is_msgpack_map(head: bytes) -> bool:

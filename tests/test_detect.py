@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from neutral.containers.pytree import write_orbax
 from neutral.errors import BadFile, Refused, Unsupported
 from neutral.frameworks import detect
+from neutral.native import from_array
 
 LENGTHS = {"zip": b"PK", "pickle": b"\x80\x02", "pickle 4": b"\x80\x04", "brace": b"{\x01", "hdf5": b"\x89H"}
 
@@ -34,6 +36,19 @@ def test_a_folder_of_checkpoints_named_by_a_prefix_says_which(tmp_path: Path) ->
     (tmp_path / "model.index").unlink()
     with pytest.raises(BadFile, match=r"found a folder.*name the file itself"):
         detect(tmp_path)
+
+
+def test_a_folder_with_a_model_and_a_checkpoint_below_it_is_neither(tmp_path: Path) -> None:
+    """As a model's folder is in which somebody trains: the checkpoint must not pass for the model."""
+    (tmp_path / "runs").mkdir()
+    write_orbax({("params", "w"): from_array(np.ones((2, 2), "f4"))}, {}, tmp_path / "runs" / "best")
+    (tmp_path / "notes.txt").write_bytes(b"")
+    assert detect(tmp_path) == detect(tmp_path / "runs") == ("flax", "orbax")
+    safetensors.numpy.save_file({"fc.weight": np.ones((2, 2), "float32")}, tmp_path / "model.safetensors")
+    with pytest.raises(Refused, match=r"name the one that is meant: .*/model\.safetensors, .*/runs/best$"):
+        detect(tmp_path)
+    assert detect(tmp_path / "model.safetensors")[0] == "safetensors"
+    assert detect(tmp_path / "runs" / "best") == ("flax", "orbax")
 
 
 def test_plain_arrays_may_be_paddles_or_torchs(tmp_path: Path) -> None:

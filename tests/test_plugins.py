@@ -6,6 +6,7 @@ The package stands in tests/plugin_package as it is installed: its modules, and 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -163,6 +164,37 @@ def test_a_package_that_does_not_load_is_named(neutral: Neutral, tmp_path: Path)
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n", "utf-8")
     done = neutral("formats")
     assert done.returncode == 2 and "broken" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "place"), [("reader", "def read("), ("writer", "def fill("), ("reader", "def signature(")]
+)
+def test_a_bug_of_a_plug_in_is_not_neutral_s(
+    module: str, place: str, neutral: Neutral, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(PACKAGE / "acme_neutral", tmp_path / "broken" / "acme_neutral")
+    broken = tmp_path / "broken" / "acme_neutral" / f"{module}.py"
+    before, after = broken.read_text("utf-8").split(place)
+    line, rest = after.split(":\n", 1)
+    broken.write_text(f"{before}{place}{line}:\n    json.loads('{{')\n{rest}", "utf-8")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{tmp_path / 'broken'}:{Path(__file__).parents[1]}")
+    done = neutral(
+        "convert", str(acme_file(tmp_path / "a.acme")), "b.acme", "--into", str(acme_file(tmp_path / "t.acme"))
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and not (tmp_path / "b.acme").exists()
+    assert done.stderr.startswith("neutral: error: plug-in acme-neutral: found JSONDecodeError")
+    assert "a bug in the plug-in acme-neutral" in done.stderr
+
+
+def test_a_failure_over_what_a_plug_in_gave_names_it(
+    neutral: Neutral, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(PACKAGE / "acme_neutral", tmp_path / "broken" / "acme_neutral")
+    broken = tmp_path / "broken" / "acme_neutral" / "reader.py"
+    broken.write_text(broken.read_text("utf-8").replace("return NativeModel(", "return ("), "utf-8")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{tmp_path / 'broken'}:{Path(__file__).parents[1]}")
+    done = neutral("show", str(acme_file(tmp_path / "a.acme")))
+    assert done.returncode == 1 and "a bug in neutral, or in the plug-in acme-neutral" in done.stderr
 
 
 def test_nothing_of_it_is_loaded_for_neutral_s_own_files(neutral: Neutral, tmp_path: Path) -> None:

@@ -54,11 +54,6 @@ _MOST_LEAVES = 1 << 18
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
 
-def holds_checkpoint(folder: FilePath) -> bool:
-    """Whether a folder is a checkpoint of Orbax, or holds one in a step."""
-    return bool(checkpoints(folder))
-
-
 def checkpoints(folder: FilePath) -> list[str]:
     """The checkpoints in a folder by their places below it: `""` for itself, else those of steps and items."""
     if _is_checkpoint(folder):
@@ -282,11 +277,11 @@ def _unwritable(leaves: Mapping[Path, Tensor], others: Mapping[Path, object]) ->
 
 def replace(
     template: FilePath, tensors: Mapping[Path, Tensor], folder: FilePath, key: str | None = None, *, force: bool = False
-) -> None:
+) -> list[str]:
     """A copy of a folder in which the arrays named have other elements, and all else stays as it was.
 
     Chunks of zarr 2 in plain files are written where they lie, compressed as they were. A checkpoint in OCDBT or zarr
-    3 becomes one of zarr 2 in plain files, with the metadata of the template.
+    3 becomes one of zarr 2 in plain files, with the metadata of the template: a note then says so.
     """
     refuse_same(folder, template)
     refuse_inside(folder, template)
@@ -304,8 +299,16 @@ def replace(
                 _rewrite(opened, template, tensors, out, root)
             else:
                 _rebuild(opened, template, tensors, out, root)
+        return [] if in_place else [_restored(opened, template)]
     finally:
         opened.close()
+
+
+def _restored(opened: _Checkpoint, template: FilePath) -> str:
+    versions = {array.layout.version for array in opened.arrays.values()}
+    zarr = f"zarr {' and '.join(str(v) for v in sorted(versions))}" if versions else "zarr"
+    stored = f"{zarr} in plain files" if opened.plain else f"{zarr} in an OCDBT"
+    return f"{template} has its arrays as {stored}, the copy as zarr 2 in plain files, which Orbax restores as well"
 
 
 def _rewrite(opened: _Checkpoint, template: FilePath, tensors: Mapping[Path, Tensor], out: FilePath, root: str) -> None:

@@ -87,10 +87,10 @@ def write_orbax(
 
 def replace_orbax(
     template: FilePath, tensors: Mapping[Path, Tensor], folder: FilePath, key: str | None = None, *, force: bool = False
-) -> None:
+) -> list[str]:
     """A copy of a checkpoint folder in which the leaves named have other elements.
 
     Plain zarr arrays are rewritten where they lie, in the template's own chunks. A template in OCDBT, whose values
-    cannot be changed in place, becomes a folder of plain files with the same tree.
+    cannot be changed in place, becomes a folder of plain files with the same tree, which a note says.
     """
-    orbax.replace(template, tensors, folder, key, force=force)
+    return orbax.replace(template, tensors, folder, key, force=force)

@@ -220,10 +220,11 @@ class Group:
     cls: str | None
     config: Mapping[str, Any]
     tensors: dict[str, NativeTensor]
+    stacked: bool = False
 
     @property
     def evidence(self) -> str:
-        return "class" if self.cls in KNOWN else "none"
+        return "class" if self.stacked or self.cls in KNOWN else "none"
 
 
 def groups(model: Model, tensors: Mapping[str, Tensor]) -> list[Group]:
@@ -241,7 +242,34 @@ def groups(model: Model, tensors: Mapping[str, Tensor]) -> list[Group]:
         local = "/".join(rest if first or not at else rest[:at] + rest[at + 1 :]) or "leaf"
         state = leaf.number or first or local in _COUNTERS
         found[place].tensors[local] = NativeTensor(leaf.name, tensors[leaf.name], state=state)
-    return list(found.values())
+    return [_as_made(group) for group in found.values()]
+
+
+_RANKS = {
+    "Linear": 2,
+    "Embedding": 2,
+    "LSTMCell": 2,
+    "GRUCell": 2,
+    "MultiheadAttention": 2,
+    "GroupNorm": 1,
+    "BatchNorm": 1,
+}
+"""The axes of a layer's kernel, or of what it has in its place, where its settings do not say them."""
+_MAIN = ("weight", "layer/weight", "weight_ih", "query_proj/weight", "batch_state_index/0", "ema_state_index/0")
+
+
+def _as_made(group: Group) -> Group:
+    """The layer, unless it is several in one, as `equinox.filter_vmap` makes them: these have an axis more."""
+    window, shape = group.config.get("kernel_size"), group.config.get("shape")
+    rank = _RANKS.get(str(group.config.get("inner", group.cls)))
+    if window is not None:
+        rank = len(window) + 2
+    elif shape is not None:
+        rank = len(shape)
+    main = next((group.tensors[local] for local in _MAIN if local in group.tensors), None)
+    if group.cls not in KNOWN or rank is None or main is None or len(main.data.shape) == rank:
+        return group
+    return dataclasses.replace(group, cls=f"a stack of {group.cls}", stacked=True)
 
 
 def _owner(leaf: Leaf) -> tuple[int, Any]:
@@ -274,6 +302,9 @@ def settings(module: Any) -> dict[str, Any]:
 
 def shown(group: Group) -> dict[str, NativeTensor]:
     """A layer's tensors as the convention has them; `stored` is the way back."""
+    if group.stacked:
+        # Under names of their own no hint can make a layer of them.
+        return {f"stack/{local}": tensor for local, tensor in group.tensors.items()}
     found = dict(group.tensors)
     if group.cls == "GRUCell" and "bias" in found:
         bias = found.pop("bias")

@@ -8,10 +8,10 @@ A file of parameters has no settings; then nothing is said.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from neutral.conventions.forms import INPUT_RANK, Config, Form, Row, Sizes, from_last, layer
+from neutral.conventions.forms import INPUT_RANK, Config, Form, Row, Shapes, Sizes, from_last, layer
 
 _MODES = {"CIRCULAR": "circular", "REFLECT": "reflect"}
 
@@ -123,6 +123,39 @@ def layer_norm(config: Config, sizes: Sizes) -> dict[str, Any]:
     axes = config.get("feature_axes")
     count = None if axis_free(axes) else (len(axes) if isinstance(axes, Sequence) else 1)
     return {"eps": config.get("epsilon"), "axis": from_last(axes, None), "normalized_axes": count}
+
+
+_LIVE_SHAPES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "Linear": {"kernel": ("in_features", "out_features"), "bias": ("out_features",)},
+    "LinearGeneral": {"kernel": ("in_features", "out_features"), "bias": ("out_features",)},
+    "Conv": {"kernel": ("kernel_shape",), "bias": ("out_features",)},
+    "ConvTranspose": {"kernel": ("kernel_shape",), "bias": ("out_features",)},
+    "Einsum": {"kernel": ("kernel_shape",), "bias": ("bias_shape",)},
+    "Embed": {"embedding": ("num_embeddings", "features")},
+    **dict.fromkeys(
+        ("BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"),
+        dict.fromkeys(("scale", "bias", "mean", "var"), ("num_features",)),
+    ),
+}
+"""The settings of a live layer that are the shapes of its tensors."""
+
+
+def shapes_fit(cls: str, config: Config, shapes: Shapes) -> bool:
+    """Whether tensors have the shapes that a live layer's settings say; those of a stack have an axis more.
+
+    >>> shapes_fit("Embed", {"num_embeddings": 7, "features": 5}, {"embedding": (3, 7, 5)})
+    False
+    """
+    axes = config.get("feature_axes")
+    if isinstance(axes, Sequence) and len(axes) > 1:
+        return all(len(shape) == len(axes) for shape in shapes.values())
+    for local, names in _LIVE_SHAPES.get(cls, {}).items():
+        told = [config[name] for name in names if config.get(name) is not None]
+        if local not in shapes or len(told) < len(names) or config.get("batch_axis"):
+            continue
+        if shapes[local] != tuple(n for size in told for n in (size if isinstance(size, Sequence) else (size,))):
+            return False
+    return True
 
 
 def axis_free(axes: Any) -> bool:

@@ -115,6 +115,16 @@ def test_replaces_arrays(saved: Path, tmp_path: Path) -> None:
     assert (restored["step"], restored["text"], restored["list"]) == (3, "abc", [])
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_note_says_that_arrays_lie_otherwise(form: str, tmp_path: Path) -> None:
+    saved = _save(tmp_path / "saved", _nested(), **FORMS[form])
+    notes = replace_orbax(saved, {}, tmp_path / "new")
+    assert bool(notes) is (form not in ("zarr", "zarr in chunks"))
+    assert all(
+        (f"zarr {3 if '3' in form else 2}" in note, "OCDBT" in note) == (True, "ocdbt" in form) for note in notes
+    )
+
+
 def test_a_copy_with_nothing_replaced_is_the_same(tmp_path: Path) -> None:
     saved = _save(tmp_path / "saved", _nested(), use_ocdbt=False, chunk_bytes=16)
     replace_orbax(saved, {}, tmp_path / "new")

@@ -72,6 +72,11 @@ SETS: dict[str, tuple[dict[str, Any], dict[str, list[str]], list[str]]] = {
         {"fc": ["bias", "kernel"], "drop.rngs": ["count"]},
         [],
     ),
+    "some boxes of Linen": (
+        {"params": {"fc": {"kernel": {"value": FC["kernel"]}, "bias": FC["bias"]}, "own": {"value": FC["bias"]}}},
+        {"fc": ["bias", "kernel"], "own": ["value"]},
+        [],
+    ),
     "a list of layers": ({"layers": {"0": FC, "1": FC}}, {"layers.0": ["bias", "kernel"], "layers.1": ["bias", "kernel"]}, []),
     "one layer": (FC, {"": ["bias", "kernel"]}, []),
 }  # fmt: skip

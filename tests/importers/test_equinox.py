@@ -487,3 +487,60 @@ def test_ones_own_layer_is_not_taken_for_that_of_equinox() -> None:
 def test_the_walk_is_that_of_jax(model: Any) -> None:
     found = checked(model)
     assert all(a is b for a, b in zip(found.all, jax.tree_util.tree_leaves(model), strict=True))
+
+
+def test_a_file_without_names_says_what_to_do_and_that_works(tmp_path: Path) -> None:
+    """The advice, taken word for word."""
+    model, twin, x = _mlp()
+    file, out, torch_file, new = (tmp_path / name for name in ("m.eqx", "new.pt", "twin.pt", "new.eqx"))
+    eqx.tree_serialise_leaves(file, model)
+    torch.save(twin, torch_file)
+    advice = r"neutral\.convert\(equinox\.tree_deserialise_leaves\(FILE, model\), OUT\)$"
+    for into in (None, torch_file):
+        with pytest.raises(Refused, match=advice):
+            neutral.convert(file, out, into=into, flatten={})
+    neutral.convert(eqx.tree_deserialise_leaves(file, model), out, into=torch_file, flatten={})
+    loaded = torch.load(out, weights_only=False)
+    assert np.allclose(loaded(torch.from_numpy(x)).detach(), jax.vmap(model)(x), atol=1e-5)
+
+    with pytest.raises(
+        Refused, match=r"into=model\)\.model, and save that with equinox\.tree_serialise_leaves\(OUT, model\)$"
+    ):
+        neutral.convert(torch_file, new, into=file, flatten={})
+    filled = neutral.convert(torch_file, into=model, flatten={}).model
+    eqx.tree_serialise_leaves(new, filled)
+    again = eqx.tree_deserialise_leaves(new, model)
+    assert np.allclose(twin(torch.from_numpy(x)).detach(), jax.vmap(again)(x), atol=1e-5)
+    neutral.convert(file, tmp_path / "leaves.npz")
+
+
+def _mlp() -> tuple[eqx.nn.MLP, torch.nn.Module, np.ndarray]:
+    twin = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.ReLU(), torch.nn.Linear(5, 4))
+    return eqx.nn.MLP(3, 4, 5, 1, key=key()), twin, _floats(2, 3)
+
+
+STACKED: dict[str, Callable[[jax.Array], Any]] = {
+    "Linear": lambda key: eqx.nn.Linear(3, 5, use_bias=False, key=key),
+    "Conv1d": lambda key: eqx.nn.Conv1d(3, 5, 2, use_bias=False, key=key),
+    "ConvTranspose1d": lambda key: eqx.nn.ConvTranspose1d(4, 6, 2, groups=2, use_bias=False, key=key),
+    "LayerNorm": lambda key: eqx.nn.LayerNorm(5),
+    "RMSNorm": lambda key: eqx.nn.RMSNorm(5, use_bias=False),
+    "GroupNorm": lambda key: eqx.nn.GroupNorm(2, 6),
+    "WeightNorm": lambda key: eqx.nn.WeightNorm(eqx.nn.Conv1d(3, 5, 2, use_bias=False, key=key)),
+    "GRUCell": lambda key: eqx.nn.GRUCell(3, 5, key=key),
+    "Embedding": lambda key: eqx.nn.Embedding(3, 5, key=key),
+}
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_layers_in_one_do_not_pass_for_a_layer_of_more_axes(name: str, tmp_path: Path) -> None:
+    """A stack of Conv1d, as jax.lax.scan runs it, has the tensors of a Conv2d."""
+    holder = eqx.nn.Sequential([eqx.filter_vmap(STACKED[name])(jax.random.split(key(), 6))])
+    for kinds in (None, {"*": "conv"}):
+        with pytest.raises(Refused, match=r"layers\.0: "):
+            neutral.convert(holder, tmp_path / "x.pt", flatten={}, kinds=kinds)
+    file = tmp_path / "m.nwt"
+    neutral.convert(holder, file)
+    neutral.import_model(file, to="equinox", out=tmp_path / "m.eqx")
+    eqx.tree_serialise_leaves(tmp_path / "meant.eqx", holder)
+    assert (tmp_path / "m.eqx").read_bytes() == (tmp_path / "meant.eqx").read_bytes()

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 import safetensors.flax
 import torch
@@ -97,6 +98,44 @@ def test_a_copy_keeps_all_else(twin: Twin, tmp_path: Path) -> None:
     assert all(jax.tree.leaves(same))
     new = {name: found[name] for name in ("params", "batch_stats")}
     assert np.allclose(np.asarray(Net().apply(new, X)), outputs(twin), atol=1e-4)
+
+
+class Partitioned(nn.Module):
+    """Arrays of which some say how they lie on several devices."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        laid = nn.with_partitioning(nn.initializers.lecun_normal(), ("x", None))
+        return nn.Dense(5, name="two")(nn.Dense(6, kernel_init=laid, name="one")(x))
+
+
+def test_boxed_arrays_are_read_and_filled(tmp_path: Path) -> None:
+    target = filled(Partitioned().init(jax.random.key(0), X))
+    assert isinstance(target["params"]["one"]["kernel"], nn.Partitioned)
+    file, folder = tmp_path / "t.msgpack", tmp_path / "t"
+    file.write_bytes(serialization.to_bytes(target))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, target)
+    one, two = torch.nn.Linear(3, 6), torch.nn.Linear(6, 5)
+    module = torch.nn.ModuleDict({"one": one, "two": two})
+    for template in (file, folder):
+        neutral.convert(module, tmp_path / f"new_{template.name}", into=template, flatten={})
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "new_t", target)
+    for new in (serialization.from_bytes(target, (tmp_path / "new_t.msgpack").read_bytes()), restored):
+        with torch.no_grad():
+            assert np.allclose(np.asarray(Partitioned().apply(new, X)), two(one(torch.from_numpy(X))), atol=1e-5)
+    neutral.convert(file, into=module, flatten={})
+    assert np.array_equal(one.weight.detach(), np.asarray(target["params"]["one"]["kernel"].value).T)
+
+
+def test_a_copy_says_that_its_arrays_lie_otherwise(tmp_path: Path, twin: Twin) -> None:
+    target = variables()
+    for name, ocdbt in (("ocdbt", True), ("plain", False)):
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt)) as checkpointer:
+            checkpointer.save(tmp_path / name, args=ocp.args.PyTreeSave(target))
+        report = neutral.convert(twin, tmp_path / f"new_{name}", into=tmp_path / name, flatten={})
+        assert ("in an OCDBT" in " ".join(report.notes)) is ocdbt
 
 
 def test_one_of_several_sets_is_filled(tmp_path: Path, twin: Twin) -> None:
