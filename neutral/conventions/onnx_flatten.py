@@ -85,6 +85,8 @@ class Used:
     cls: str
     shape: tuple[int, ...]
     made: int
+    source: str = ""
+    """The value that it takes, if the node at hand is the last of several."""
 
 
 def follow(scope: Scope, layers: Mapping[int, Used], adds: frozenset[int]) -> Crossings:
@@ -98,7 +100,9 @@ def follow(scope: Scope, layers: Mapping[int, Used], adds: frozenset[int]) -> Cr
     for node in scope.graph.nodes:
         ins = [values.get(v, Seen(UNKNOWN)) for v in node.inputs if v and scope.constant(v) is None]
         if id(node) in layers:
-            seen = _through_layer(layers[id(node)], ins[0] if ins else Seen(UNKNOWN), found)
+            source = layers[id(node)].source
+            given = values.get(source, Seen(UNKNOWN)) if source else ins[0] if ins else Seen(UNKNOWN)
+            seen = _through_layer(layers[id(node)], given, found)
         elif id(node) in adds:
             seen = ins[0] if ins else Seen(UNKNOWN)
         elif not ins or not node.outputs:
@@ -208,6 +212,11 @@ def _concat(scope: Scope, node: NodeProto, ins: Sequence[Seen], found: Crossings
     if all(seen.order in (PLAIN, MIXED) for seen in ins):
         return Seen(PLAIN if all(seen.order == PLAIN for seen in ins) else MIXED, None, ins[0].rank)
     found.forget(pending)
+    return Seen(UNKNOWN)
+
+
+def _counted(scope: Scope, node: NodeProto, ins: Sequence[Seen], found: Crossings) -> Seen:
+    """Sizes, which hold no features."""
     return Seen(UNKNOWN)
 
 
@@ -396,6 +405,7 @@ _RULES: dict[str, Rule] = {
         _spatial,
     ),
     **dict.fromkeys(["Add", "Div", "Max", "Mean", "Min", "Mod", "Mul", "Pow", "Sub", "Sum", "Where"], _joining),
+    **dict.fromkeys(["Shape", "Size"], _counted),
     "Concat": _concat,
     "Flatten": _flatten,
     "Reshape": _reshape,

@@ -22,8 +22,9 @@ from neutral.conventions.onnx import RECURRENT, refusal
 from neutral.conventions.onnx_candidates import Call, Candidate, candidate_of, made_by, turn
 from neutral.conventions.onnx_flatten import Crossings, Used, follow
 from neutral.conventions.onnx_idioms import idiom_of
-from neutral.conventions.onnx_names import anonymous, common_stem, module_of
+from neutral.conventions.onnx_names import OPERATIONS, anonymous, common_stem, module_of
 from neutral.conventions.onnx_scope import Scope, subgraphs
+from neutral.conventions.onnx_wrapped import wrapped
 from neutral.errors import Problem, Unsupported, raise_all
 from neutral.native import Tensor
 
@@ -143,7 +144,7 @@ class _Finder:
         for node in scope.graph.nodes:
             if (id(node), "") in claimed:
                 continue
-            found = idiom_of(scope, node) or candidate_of(scope, node)
+            found = idiom_of(scope, node) or wrapped(scope, node) or candidate_of(scope, node)
             if found is not None:
                 candidate, used = found
                 claimed |= {(id(user), value) for user, value in used}
@@ -197,13 +198,23 @@ class _Finder:
         """Which layers cross a Flatten, by their numbers."""
         used: dict[int, Used] = {}
         adds: set[int] = set()
+        for candidate in self.candidates:
+            for call in candidate.calls:
+                own = {id(node) for node in call.nodes}
+                # What happens inside is not followed, unless others take part in it.
+                adds |= {
+                    id(node)
+                    for node in call.nodes[:-1]
+                    if all(id(user) in own for value in node.outputs for user in scope.users.get(value, ()))
+                }
         for number, candidate in enumerate(self.candidates):
             first = next(iter(candidate.expressions.values()))
             made = made_by(candidate, first)[0]
-            ends = {id(call.nodes[-1]) for call in candidate.calls}
+            ends = {id(call.nodes[-1]): call for call in candidate.calls}
             for node in candidate.nodes:
                 if id(node) in ends or (not ends and node.op_type == candidate.cls):
-                    used[id(node)] = Used(number, str(candidate.cls), first.shape, made)
+                    source = ends[id(node)].source if ends else ""
+                    used[id(node)] = Used(number, str(candidate.cls), first.shape, made, source)
                 else:
                     adds.add(id(node))
         return follow(scope, used, frozenset(adds))
@@ -341,13 +352,18 @@ def _wanted_path(candidate: Candidate) -> str:
     module = module_of(node)
     path = own or module
     # Weights that are tied have the name of another layer.
-    if own and module and not candidate.folded and not (own == module or own.startswith(f"{module}.")):
+    if own and module and not candidate.folded and not _within(own, module):
         path = module
     if not path:
         path = node.name or next((name for name in node.outputs if name), candidate.cls or "layer")
         path = path.lstrip("/") or candidate.cls or "layer"
     # Folded weights must not pass for those of the layer that had the name.
     return f"{path}_{candidate.folded}" if candidate.folded else path
+
+
+def _within(own: str, module: str) -> bool:
+    """True if a name is that of a module or of a part of it; TensorFlow names some of a layer's own operations, too."""
+    return own == module or own.startswith(f"{module}.") or module in {f"{own}.{part}" for part in OPERATIONS}
 
 
 def _tensor_name(expression: Expression, path: str, local: str, seen: set[str]) -> str:

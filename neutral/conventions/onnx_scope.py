@@ -232,6 +232,8 @@ class Scope:
         node = self.makers.get(value)
         if node is None or node.domain or not node.inputs:
             return False
+        if node.op_type == "Concat":
+            return all(self.zero(part, depth + 1) for part in node.inputs)
         if node.op_type == "ConstantOfShape":
             held = node.attributes.get("value")
             data = held.data if isinstance(held, TensorProto) else None
