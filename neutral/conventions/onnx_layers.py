@@ -24,6 +24,7 @@ from neutral.conventions.onnx_flatten import Crossings, Used, follow
 from neutral.conventions.onnx_idioms import idiom_of
 from neutral.conventions.onnx_names import OPERATIONS, anonymous, common_stem, module_of
 from neutral.conventions.onnx_scope import Scope, subgraphs
+from neutral.conventions.onnx_sizes import sizes_of
 from neutral.conventions.onnx_wrapped import wrapped
 from neutral.errors import Problem, Unsupported, raise_all
 from neutral.native import Tensor
@@ -94,6 +95,7 @@ def layers_of(model: ModelProto, where: str) -> FoundLayers:
     names = {tensor.span.at: name for name, tensor in named_tensors(model).items()}
     finder = _Finder(model.opset, names)
     scope = Scope(model.graph, model.opset, names)
+    scope.learn(sizes_of(scope))
     finder.graph(scope)
     for function in model.functions:
         body = GraphProto(function.name, function.nodes)

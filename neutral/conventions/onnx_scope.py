@@ -50,6 +50,10 @@ class Scope:
                 if value:
                     self.users.setdefault(value, []).append(node)
 
+    def learn(self, shapes: Mapping[str, Numbers]) -> None:
+        """Shapes of values of which the file says none."""
+        self._shapes |= {value: shape for value, shape in shapes.items() if value not in self._shapes}
+
     def name_of(self, tensor: TensorProto) -> str:
         return self.names[tensor.span.at]
 
