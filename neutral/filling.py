@@ -15,7 +15,7 @@ from neutral.canon import Binding, Known, bind, native_tensors, read_layers, rec
 from neutral.canonical import CanonicalLayer
 from neutral.conventions.forms import Convention, Form, same_family
 from neutral.doubts import as_known, flatten_remark, reconciled, source_told, tells_wiring, unknown_problem
-from neutral.errors import NeutralError, Problem, Refused, named, raise_all, reworded
+from neutral.errors import NeutralError, Problem, Refused, named, printable, raise_all, reworded
 from neutral.exporters.wiring import behind_moved_images
 from neutral.framework import Framework
 from neutral.journey import Asked, Journey
@@ -154,7 +154,7 @@ def _fill_layer(
             journey.warnings += remarks
             goal_told = native.path in ends.template.splits or goal.path in ends.template.splits
             own = (ends.told[0] or layer.path in ends.moved[0], ends.told[1] or goal.path in ends.moved[1])
-            journey.warnings += _reordered(ends, layer, goal)
+            journey.warnings += [*_reordered(ends, layer, goal), *_remarks(ends, layer)]
             ready.append(reconciled(layer, goal, origin, convention, own, goal_told, source_told(contents)))
             if not goal_told:
                 journey.warnings += flatten_remark(contents, layer, origin, convention)
@@ -240,6 +240,13 @@ def _permuted(contents: Contents, layer: CanonicalLayer) -> list[str]:
     return [
         f"{layer.path}: the source puts channels last before it flattens; the template is taken to flatten with channels first, without a permutation of its own"
     ]
+
+
+def _remarks(ends: _Ends, layer: CanonicalLayer) -> list[str]:
+    """What the source's reader says of the weights of a layer, for a model of another framework."""
+    told = ends.contents.source.settings.get("remarks")
+    said = told.get(layer.path) if isinstance(told, Mapping) and not ends.alike else None
+    return [f"{layer.path}: {printable(said, 200)}"] if isinstance(said, str) else []
 
 
 def _reordered(ends: _Ends, layer: CanonicalLayer, goal: CanonicalLayer) -> list[str]:

@@ -42,6 +42,7 @@ _FOLDED = {
     "folded": "a batch normalization was computed into its weights",
     "computed": "the exporter computed its weights, and does not say of what (a batch normalization may be in them)",
 }
+_TRAINING = "exported in training mode; it takes the statistics of its input, not those that are stored"
 _INITIAL_STATES = (5, 6)
 _LARGEST_STATE = 1 << 24
 
@@ -88,6 +89,8 @@ class FoundLayers:
     turned: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Layers that stand where the graph has an image with its channels last as one axis: these axes of them, and their
     channels. Their views have the channels first."""
+    remarks: Mapping[str, str] = field(default_factory=dict)
+    """What is to be said of layers whose weights another model may not compute the same with."""
 
 
 def layers_of(model: ModelProto, where: str) -> FoundLayers:
@@ -115,6 +118,7 @@ def layers_of(model: ModelProto, where: str) -> FoundLayers:
             paths[number]: {axis: crossings.splits[number][axis] for axis in sorted(axes)}
             for number, axes in crossings.turned.items()
         },
+        finder.remarks,
     )
 
 
@@ -138,6 +142,7 @@ class _Finder:
         self.candidates: list[Candidate] = []
         self.loose: list[tuple[Leaf, NodeProto | None]] = []
         self.notes: list[str] = []
+        self.remarks: dict[str, str] = {}
         self._used: set[str] = set()
         self._shared: dict[Any, Candidate] = {}
 
@@ -232,7 +237,10 @@ class _Finder:
                 name = _unique(_tensor_name(expression, path, local, seen), seen)
                 views[local] = View(name, expression, candidate.factors.get(local, 1.0))
             if candidate.folded:
-                self.notes.append(f"{path}: {_FOLDED[candidate.folded]}; they are not the layer's own")
+                self.remarks[path] = f"{_FOLDED[candidate.folded]}; they are not the layer's own"
+            if candidate.cls == "BatchNormalization" and candidate.config.get("training_mode"):
+                self.remarks[path] = _TRAINING
+            self.notes += [f"{path}: {self.remarks[path]}"] if path in self.remarks else []
             why = refusal(str(candidate.cls), candidate.config) or candidate.config.get("odd", "")
             if "P" in views:
                 why = "; ".join(part for part in (why, "peepholes") if part)
