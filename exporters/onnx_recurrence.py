@@ -22,6 +22,7 @@ _TIME, _WAYS, _BATCH, _UNITS, _ONE = "t", "d", "b", "u", "1"
 _JOINED = _WAYS + _UNITS
 _MERGES = {"ReduceSum": "sum", "ReduceProd": "mul", "ReduceMean": "ave"}
 _LARGEST_STATE = 1 << 24
+_MOST_STEPS = 64
 _ALL_STEPS = -(1 << 31)
 _LONG = 1 << 30
 """More steps than a sequence has."""
@@ -184,12 +185,16 @@ def _states(b: Builder, ways: int, batch_first: bool) -> list[Flow]:
     return [parts[way] for way in range(ways) for parts in found]
 
 
-def _is_zero(b: Builder, name: str) -> bool:
-    """True for states of nothing but zeros, which the graph makes or an exporter has stored."""
+def _is_zero(b: Builder, name: str, depth: int = 0) -> bool:
+    """True for states of nothing but zeros, which the graph makes or an exporter has stored, for one sequence or for all."""
     if name not in b.zeros:
-        stored = b.scope.constant(name)
+        stored, maker = b.scope.constant(name), b.scope.makers.get(name)
         small = stored is not None and math.prod(stored.shape) <= _LARGEST_STATE
-        b.zeros[name] = not forward(stored).read().any() if stored is not None and small else b.scope.zero(name)
+        spread = maker is not None and not maker.domain and maker.op_type in ("Expand", "Tile") and depth < _MOST_STEPS
+        if stored is None and maker is not None and spread:
+            b.zeros[name] = _is_zero(b, maker.inputs[0], depth + 1)
+        else:
+            b.zeros[name] = not forward(stored).read().any() if stored is not None and small else b.scope.zero(name)
     return b.zeros[name]
 
 
