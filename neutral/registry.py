@@ -17,7 +17,7 @@ BUILT_IN: tuple[Framework, ...] = (
         importer="neutral.importers.torch",
         convention_at="neutral.conventions.torch:TORCH",
         files=(
-            Format("pt", ".pt .pth .ckpt .bin (zip)", _TORCH),
+            Format("pt", ".pt .pth .ckpt .bin (zip, also TorchScript)", _TORCH),
             Format("pt-legacy", "before torch 1.6", _TORCH, new=False),
             Format("bin-shards", "folder or index of .bin shards", (".bin.index.json",), new=False, folder=True),
             Format("pt2", ".pt2 (weights of a torch.export program)", (".pt2",), whole=True, rebuilt=True),

@@ -7,12 +7,15 @@ through files of four others, each filled into a model of that framework's own, 
 computes what it computed in the beginning. A step to a file that an earlier walk has made of the same bytes is taken once.
 
 What these layers can lose by a declaration is one thing: two biases of an RNN become their sum. So the sums stay, and all else.
+A bias that a framework cannot leave out is zero there, which is said, too.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -32,21 +35,46 @@ from tests.zoo import cases
 COLUMNS = ("torch", "keras", "tensorflow", "flax_linen", "flax_nnx", "onnx", "paddle", "mlx", "tfjs")
 STOPS = 5
 PARTS = (
-    "dense", "dense_no_bias", "conv1d", "conv2d", "conv2d_stride", "conv2d_groups", "conv3d", "depthwise_conv2d",
-    "conv_transpose1d", "conv_transpose2d_stride", "embedding", "batch_norm1d", "batch_norm2d", "layer_norm", "group_norm",
-    "instance_norm2d", "rms_norm", "prelu", "rnn", "lstm", "gru", "lstm_bidirectional", "conv2d_flatten_dense",
+    "dense", "dense_no_bias", "einsum_dense", "conv1d", "conv1d_no_bias", "conv2d", "conv2d_stride", "conv2d_same_even",
+    "conv2d_dilation", "conv2d_groups", "conv3d", "depthwise_conv2d", "separable_conv2d", "conv_transpose1d",
+    "conv_transpose2d_stride", "conv_transpose2d_no_bias", "conv_transpose3d", "embedding", "batch_norm1d", "batch_norm2d",
+    "layer_norm", "group_norm", "instance_norm2d", "rms_norm", "prelu", "rnn", "rnn_relu", "rnn_bidirectional", "lstm",
+    "lstm_no_bias", "lstm_stack2", "lstm_bidirectional", "gru", "gru_bidirectional", "attention", "conv2d_flatten_dense",
+    "conv2d_flatten_norm_dense", "conv1d_flatten_dense", "dense_reshape_conv2d", "lstm_last_dense",
 )  # fmt: skip
+FILLED = re.compile(r".*: the source has none|.* left out: all .*")
+UNTOLD = ("depthwise", "separable")
+"""Layers of which weights alone do not say how many groups they have, so that they are depthwise."""
 
 
 @dataclass(frozen=True)
 class Stop:
-    """A file on the way: the digest of its weights, that of each layer, and those with the two biases of an RNN as their sum."""
+    """A file on the way: the digest of its weights, that of each layer, and that of what no declared change may alter."""
 
     file: Path
     sha256: str
     digest: str
     layers: tuple[str, ...]
-    summed: tuple[str, ...]
+    kept: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a conversion led to, what it declared lost, and whether it said that zeros were filled in or left out."""
+
+    to: Stop
+    losses: tuple[str, ...]
+    filled: bool
+
+    def wrong(self, at: Stop) -> str:
+        """What has changed that was not declared."""
+        if not self.losses and not self.filled:
+            return "another digest, and nothing declared" if self.to.digest != at.digest else ""
+        changed = len(set(at.layers) ^ set(self.to.layers)) / 2
+        declared = len({loss.partition(":")[0] for loss in self.losses})
+        if self.to.kept != at.kept or (changed > declared and not self.filled):
+            return f"more has changed than {self.losses}"
+        return ""
 
 
 @dataclass
@@ -64,12 +92,11 @@ class Model:
 
     def __init__(self, name: str, workers: Mapping[str, Worker], folder: Path) -> None:
         self.case, self.workers, self.folder = cases()[name], workers, folder
-        unsaid = (
-            ("tensorflow",) if "instance_norm2d" in name else ()
-        )  # a checkpoint does not say how many groups a norm has
+        # A checkpoint of TensorFlow does not say how many groups a norm has.
+        unsaid = ("tensorflow",) if "instance_norm2d" in name else ()
         self.columns = [column for column in workers if column not in unsaid and has(self.case, column)]
         self.built: dict[tuple[str, int], Any] = {}
-        self.made: dict[tuple[str, str], tuple[Stop, tuple[str, ...]] | None] = {}
+        self.made: dict[tuple[str, str], Step | None] = {}
         self.outputs: dict[tuple[str, str], bool] = {}
 
     def start(self, column: str, seed: int) -> Path:
@@ -82,31 +109,29 @@ class Model:
 
     def stop(self, column: str, file: Path) -> Stop:
         """A file's digests; files of weights alone are told what their layers are."""
+        told: dict[str, Any] = {}
         with neutral.export_model(file) as archive:
-            layers = archive.manifest.layers
-            told = any(layer.kind == "unknown" or layer.undecided for layer in layers if layer.parameters)
-            found = (archive.manifest.weights_digest, *digests(archive))
-        if told:
-            given: dict[str, Any] = {"kinds": kind_hints(self.case, column)}
-            if flatten := flatten_hints(self.case):
-                given["flatten"] = flatten
-            with neutral.export_model(file, **given) as archive:
-                found = (archive.manifest.weights_digest, *digests(archive))
-        digest, layers, summed = found
-        if "depthwise" in self.case.name:
-            # Weights alone do not say how many groups a convolution has, so that it is a depthwise one: but for that, one digest.
-            digest = hashlib.sha256("".join(sorted(layers)).encode()).hexdigest()
-        return Stop(file, bytes_of(file), digest, layers, summed)
+            layers = [layer for layer in archive.manifest.layers if layer.parameters]
+            if any(layer.kind == "unknown" for layer in layers):
+                told["kinds"] = kind_hints(self.case, column)
+            if archive.manifest.graph is None and flatten_hints(self.case):
+                told["flatten"] = flatten_hints(self.case)
+        with neutral.export_model(file, **told) as archive:
+            exact, kept = digests(archive)
+            untold = any(name in self.case.name for name in UNTOLD)
+            digest = "".join(exact) if untold else archive.manifest.weights_digest
+        return Stop(file, bytes_of(file), digest, exact, kept)
 
-    def step(self, source: str, at: Stop, target: str) -> tuple[Stop, tuple[str, ...]] | None:
-        """The next stop and what was declared lost; None if it is refused."""
+    def step(self, source: str, at: Stop, target: str) -> Step | None:
+        """The next stop; None if it is refused."""
         key = (f"{source} {at.sha256}", target)
         if key not in self.made:
             template = self.start(target, 2)
             out = Path(tempfile.mkdtemp(dir=self.folder)) / template.name
             try:
                 report = convert(self.case, source, target, at.file, template, out, {})
-                self.made[key] = self.stop(target, out), report.losses
+                filled = any(FILLED.fullmatch(note) for note in report.notes)
+                self.made[key] = Step(self.stop(target, out), report.losses, filled)
             except NeutralError:
                 self.made[key] = None
         return self.made[key]
@@ -114,27 +139,21 @@ class Model:
     def walk(self, way: Sequence[str], walked: Walked) -> None:
         first = at = self.stop(way[0], self.start(way[0], 1))
         lost = False
+        named = f"{self.case.name}: {' -> '.join(way)}"
         for source, target in zip(way, (*way[1:], way[0]), strict=True):
-            after = self.step(source, at, target)
+            step = self.step(source, at, target)
             walked.steps += 1
-            if after is None:
+            if step is None:
                 walked.refused += 1
                 return
-            then, losses = after
-            where = f"{self.case.name}: {' -> '.join(way)}, {source} -> {target}"
-            if losses:
-                lost = True
-                walked.lossy += 1
-                changed = len(set(at.layers) ^ set(then.layers)) / 2
-                if changed > len({loss.partition(":")[0] for loss in losses}) or then.summed != at.summed:
-                    walked.wrong.append(f"{where}: more has changed than {losses}")
-            elif then.digest != at.digest:
-                walked.wrong.append(f"{where}: another digest, and nothing declared")
-            at = then
+            if wrong := step.wrong(at):
+                walked.wrong.append(f"{named}, {source} -> {target}: {wrong}")
+            walked.lossy += bool(step.losses)
+            lost, at = lost or bool(step.losses), step.to
         if not lost and (at.digest, at.layers) != (first.digest, first.layers):
-            walked.wrong.append(f"{self.case.name}: {' -> '.join(way)}: not what it was")
+            walked.wrong.append(f"{named}: not what it was")
         if not self.computes(way[0], at):
-            walked.wrong.append(f"{self.case.name}: {' -> '.join(way)}: computes something else")
+            walked.wrong.append(f"{named}: computes something else")
 
     def computes(self, column: str, at: Stop) -> bool:
         """Whether the framework of the first file computes with the last one what it computed with the first."""
@@ -149,24 +168,27 @@ class Model:
 def digests(archive: neutral.Archive) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Digests of all layers with weights, sorted: of the kind (a depthwise convolution is one) and the parameters.
 
-    Then once more, with the sum of both sides in place of a recurrent bias.
+    Then those of what every step keeps: a recurrent bias is the sum of both sides, and one of zeros is none.
     """
-    exact, summed = [], []
+    exact, kept = [], []
     for layer in archive.manifest.layers:
         weights = {role: p for role, p in sorted(layer.parameters.items()) if not p.state}
         if weights:
             kind = "conv" if layer.kind == "depthwise" else layer.kind
-            whole = {role: (p.shape, p.dtype, p.sha256) for role, p in weights.items()}
-            sums = {
-                role: hashlib.sha256(
-                    archive.tensor(f"{layer.path}/{role}").read().sum(p.axes.index("side")).tobytes()
-                ).hexdigest()
-                for role, p in weights.items()
-                if "side" in p.axes
-            }
+            # Not the shape: not every file says how many heads an attention has.
+            whole = {role: (math.prod(p.shape), p.dtype, p.sha256) for role, p in weights.items()}
+            some = dict(whole)
+            for role in weights:
+                if role.endswith("bias"):
+                    values = archive.tensor(f"{layer.path}/{role}").read()
+                    if "side" in weights[role].axes:
+                        values = values.sum(weights[role].axes.index("side"))
+                    some[role] = hashlib.sha256(values.tobytes()).hexdigest()
+                    if not values.any():
+                        del some[role]
             exact.append(hashlib.sha256(repr((kind, whole)).encode()).hexdigest())
-            summed.append(hashlib.sha256(repr((kind, whole | sums)).encode()).hexdigest())
-    return tuple(sorted(exact)), tuple(sorted(summed))
+            kept.append(hashlib.sha256(repr((kind, some)).encode()).hexdigest())
+    return tuple(sorted(exact)), tuple(sorted(kept))
 
 
 def bytes_of(path: Path) -> str:
@@ -210,16 +232,19 @@ def main() -> int:
     total = Walked()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(name, Path(folder, name))) for name in COLUMNS}
-        for name in random_models(models):
+        for number, name in enumerate(random_models(models), 1):
             place = Path(folder, "model")
             place.mkdir()
             found = walks(name, count, workers, place)
-            total.steps, total.lossy, total.refused = (
+            total = Walked(
                 total.steps + found.steps,
                 total.lossy + found.lossy,
                 total.refused + found.refused,
+                total.wrong + found.wrong,
             )
-            total.wrong += found.wrong
+            print(
+                f"{number}/{models} {name}: {found.steps} steps, {len(found.wrong)} wrong", file=sys.stderr, flush=True
+            )
     print(
         f"{models} models, {models * count} walks, {total.steps} steps: {total.lossy} declared lossy, {total.refused} refused, {len(total.wrong)} wrong"
     )

@@ -30,7 +30,7 @@ from typing import Any
 import neutral
 from neutral.errors import NeutralError
 from tests.oracle.process import Built, OracleError, Worker, difference
-from tests.zoo import FORMATS, FRAMEWORKS, Case, Layer, cases
+from tests.zoo import FORMATS, FRAMEWORKS, Case, Layer, cases, lettered
 
 CLOSE = 1e-5
 ORDER = ("exact", "close", "warned", "refused", "wrong")
@@ -261,6 +261,13 @@ def kind_hints(case: Case, framework: str) -> dict[str, str]:
 
 
 def flatten_hints(case: Case) -> dict[str, str]:
+    """What crosses a Flatten or a Reshape; of cases put together, if any does, also that the dense layers of the others do not."""
+    if case.parts and (case.flatten or case.unflatten):
+        each = [(letter, part, flatten_hints(part)) for letter, part in lettered(list(case.parts))]
+        rows = {letter: layers_of(next(iter(part.models.values())).layers) for letter, part, _ in each}
+        crossing = {f"{letter}_{path}": hint for letter, _, hints in each for path, hint in hints.items()}
+        dense = (f"{letter}_{path}" for letter in rows for path, row in rows[letter] if KINDS.get(row.cls) == "dense")
+        return {**dict.fromkeys(dense, "none"), **crossing}
     hints = {path: str(channels) for path, channels in case.flatten.items()}
     for path, channels in case.unflatten.items():
         hints[path] = f"{hints.get(path, '')}:{channels}"

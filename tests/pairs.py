@@ -30,9 +30,10 @@ from typing import Any
 import neutral
 from neutral.errors import NeutralError, Problem
 from tests import columns
+from tests.columns.flax import transposes_kernel
 from tests.measure import CLOSE, KINDS, flatten_hints, layers_of, unwritable
 from tests.oracle.process import Built, OracleError, Worker, difference
-from tests.zoo import Case, Layer, cases
+from tests.zoo import Case, Layer, cases, lettered
 
 COLUMNS = ("torch", "keras", "tensorflow", "flax_linen", "flax_nnx", "onnx", "paddle", "mlx", "tfjs", "numpy")
 TITLES = {
@@ -215,6 +216,8 @@ def convert(
 def asked_for(case: Case, source: str, target: str, message: str) -> Iterator[tuple[str, Any]]:
     if "--flatten" in message:
         yield "flatten", flatten_hints(case)
+    elif "--into-kind" in message:
+        yield "into_kinds", kind_hints(case, target)
     elif "--kind" in message:
         yield "kinds", kind_hints(case, source)
     elif "--map" in message:
@@ -227,13 +230,20 @@ KIND_OF = {**KINDS, "RNN": "simple_rnn", "DenseGeneral": "dense"}
 
 
 def kind_hints(case: Case, column: str) -> dict[str, str]:
-    """The kinds of a case's layers by path, as its torch or Keras rows tell them."""
+    """The kinds of a case's layers by path, as its torch or Keras rows tell them; and the setting that no file of Flax has."""
+    if case.parts:
+        each = ((letter, kind_hints(part, column)) for letter, part in lettered(list(case.parts)))
+        return {f"{letter}_{path}": kind for letter, kinds in each for path, kind in kinds.items()}
     as_keras = column in ("keras", "tensorflow", "tfjs") or (
         column not in ("torch", "paddle") and stacked_paths(case, column)
     )
     like = case.models.get("keras" if as_keras else "torch")
     rows = like or next(iter(case.models.values()))
-    return {path: kind_of(row) for path, row in layers_of(rows.layers) if row.cls in KIND_OF}
+    kinds = {path: kind_of(row) for path, row in layers_of(rows.layers) if row.cls in KIND_OF}
+    told = f"conv_transpose(transpose_kernel={str(transposes_kernel(case)).lower()})"
+    return {
+        path: told if kind == "conv_transpose" and column.startswith("flax") else kind for path, kind in kinds.items()
+    }
 
 
 def kind_of(row: Layer) -> str:

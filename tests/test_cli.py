@@ -17,6 +17,7 @@ import neutral
 from neutral.cli import Screen, main, read_map
 from neutral.errors import BadFile
 from neutral.frameworks import FRAMEWORKS
+from tests.foreground import usual_signals
 
 COMMANDS = ("export", "import", "convert", "show", "check", "diff", "digest", "verify", "formats")
 
@@ -407,7 +408,12 @@ sys.exit(main(["export", "x.pt", "out.nwt"]))
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_leaves_nothing_behind(number: signal.Signals, status: int, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SLOW],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=usual_signals,
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(number)

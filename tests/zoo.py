@@ -174,6 +174,7 @@ def together(name: str, parts: list[Case]) -> Case:
         {f: side_by_side(parts, [part.models[f] for part in parts]) for f in frameworks},
         stacks=stacks,
         flatten={f"{p}_{path}": n for p, part in lettered(parts) for path, n in part.flatten.items()},
+        unflatten={f"{p}_{path}": n for p, part in lettered(parts) for path, n in part.unflatten.items()},
         parts=tuple(parts),
     )
 

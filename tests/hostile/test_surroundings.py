@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from neutral.cli import main
+from tests.foreground import usual_signals
 from tests.hostile.commands import Commands, Outcome, listing, one_line, refused
 from tests.hostile.making import copied, entry, safetensors_bytes
 
@@ -225,6 +226,7 @@ def stopped(arguments: list[str], folder: Path, number: signal.Signals, begun: C
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=usual_signals,
     )
     while process.poll() is None and not begun(process.pid):
         time.sleep(0.001)
