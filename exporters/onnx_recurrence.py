@@ -247,7 +247,12 @@ def _side_by_side(b: Builder) -> list[Steps]:
     """The units of both directions of a layer in one axis, forward first."""
     parts = [b.flows.get(name) for name in b.node.inputs]
     first, *rest = parts
-    if not isinstance(first, Steps) or len(rest) != 1 or not isinstance(rest[0], Steps) or (first.way, rest[0].way) != (0, 1):
+    if (
+        not isinstance(first, Steps)
+        or len(rest) != 1
+        or not isinstance(rest[0], Steps)
+        or (first.way, rest[0].way) != (0, 1)
+    ):
         return []
     axis = b.attribute("axis")
     if replace(rest[0], way=0) != first or type(axis) is not int or first.axes[axis % len(first.axes)] != _UNITS:

@@ -215,6 +215,16 @@ def _concat(scope: Scope, node: NodeProto, ins: Sequence[Seen], found: Crossings
     return Seen(UNKNOWN)
 
 
+def _within_space(scope: Scope, node: NodeProto, ins: Sequence[Seen], found: Crossings) -> Seen:
+    """A Slice of an image that takes all of its channels."""
+    seen = ins[0]
+    axes = scope.numbers(node.inputs[3]) if len(node.inputs) > 3 else node.attributes.get("axes")
+    rank = seen.rank if seen.order == IMAGE else None
+    if rank is None or not isinstance(axes, tuple) or any(type(axis) is not int or axis % rank < 2 for axis in axes):
+        return _other(scope, node, ins, found)
+    return seen
+
+
 def _counted(scope: Scope, node: NodeProto, ins: Sequence[Seen], found: Crossings) -> Seen:
     """Sizes, which hold no features."""
     return Seen(UNKNOWN)
@@ -407,6 +417,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(["Add", "Div", "Max", "Mean", "Min", "Mod", "Mul", "Pow", "Sub", "Sum", "Where"], _joining),
     **dict.fromkeys(["Shape", "Size"], _counted),
     "Concat": _concat,
+    "Slice": _within_space,
     "Flatten": _flatten,
     "Reshape": _reshape,
     "Transpose": _transpose,

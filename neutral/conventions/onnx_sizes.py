@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from neutral.containers.onnx import NodeProto
+from neutral.containers.onnx_constants import forward
 from neutral.conventions.onnx_ranks import ELEMENTWISE
 from neutral.conventions.onnx_scope import Numbers, Scope
 
 _LIKE_FIRST = ELEMENTWISE | {
     "BatchNormalization", "GroupNormalization", "InstanceNormalization", "LRN", "LayerNormalization", "RMSNormalization",
 }  # fmt: skip
+_LONGEST = 8
+_LARGEST = 1 << 24
 _JOINING = ("Add", "Div", "Max", "Mean", "Min", "Mul", "Pow", "Sub", "Sum", "Where")
 
 
@@ -22,6 +25,13 @@ def sizes_of(scope: Scope) -> dict[str, Numbers]:
     for node in scope.graph.nodes:
         if node.domain or not node.inputs or not node.outputs or scope.shape_of(node.outputs[0]) is not None:
             continue
+        special = _SPECIAL.get(node.op_type)
+        if special is not None:
+            whole = found.get(node.inputs[0]) or scope.shape_of(node.inputs[0])
+            told = special(scope, node, whole) if whole is not None else None
+            if told is not None:
+                found[node.outputs[0]] = told
+            continue
         rule = _RULES.get(node.op_type)
         ins = [found.get(value) or scope.shape_of(value) if value else None for value in node.inputs]
         made = rule(node, ins) if rule is not None and ins[0] is not None else None
@@ -29,6 +39,51 @@ def sizes_of(scope: Scope) -> dict[str, Numbers]:
             found[node.outputs[0]] = made
     return found
 
+
+def _factors(scope: Scope, node: NodeProto) -> tuple[float, ...]:
+    """By how much a Resize stretches each axis; nothing if that is not told so."""
+    place = 1 if node.op_type == "Upsample" or scope.opset < 11 else 2
+    value = node.inputs[place] if len(node.inputs) > place else ""
+    stored = scope.floats(value) if value else None
+    if stored is None or "axes" in node.attributes or math.prod(stored.shape) > _LONGEST:
+        return ()
+    found = tuple(float(n) for n in forward(stored).read().reshape(-1))
+    return found if all(math.isfinite(n) and 0 < n < _LARGEST for n in found) else ()
+
+
+def _resized(scope: Scope, node: NodeProto, whole: Numbers) -> Numbers | None:
+    factors = _factors(scope, node)
+    if len(factors) != len(whole):
+        return None
+    return tuple(None if n is None else math.floor(n * f) for n, f in zip(whole, factors, strict=True))
+
+
+def _cut(scope: Scope, node: NodeProto, whole: Numbers) -> Numbers | None:
+    """A Slice with steps of one."""
+    lists = [scope.numbers(value) if value else None for value in node.inputs[1:]]
+    if len(lists) < 3:
+        lists = [tuple(n for n in given if type(n) is int) if isinstance(given := node.attributes.get(name), tuple) else None
+                 for name in ("starts", "ends", "axes")]  # fmt: skip
+    starts, ends, axes, *steps = lists
+    if starts is None or ends is None or axes is None or not len(starts) == len(ends) == len(axes):
+        return None
+    if any(step is None or set(step) != {1} for step in steps):
+        return None
+    made = list(whole)
+    for start, end, axis in zip(starts, ends, axes, strict=True):
+        if start is None or end is None or axis is None or not -len(whole) <= axis < len(whole):
+            return None
+        n = whole[axis]
+        made[axis] = None if n is None else len(range(*slice(start, end).indices(n)))
+    return tuple(made)
+
+
+_SPECIAL: Mapping[str, Callable[[Scope, NodeProto, Numbers], Numbers | None]] = {
+    "Resize": _resized,
+    "Slice": _cut,
+    "Upsample": _resized,
+}
+"""Operators whose settings are inputs."""
 
 _Ins = Sequence[Numbers | None]
 _Rule = Callable[[NodeProto, _Ins], Numbers | None]

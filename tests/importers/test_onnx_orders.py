@@ -102,3 +102,63 @@ def test_an_unusual_order_is_refused_by_keras(perm: list[int], tmp_path: Path) -
     )
     with pytest.raises(neutral.NeutralError, match=r"fc: found an image .* unusual order"):
         neutral.convert(source, into=model)
+
+
+SPACE: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray], tuple[int, int, int], list[L.Layer]]] = {
+    "resized": (
+        [helper.make_node("Resize", ["conv", "", "scales"], ["made"], mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")],
+        {"scales": np.array([1, 1, 2, 2], np.float32)}, (4, 10, 8), [L.UpSampling2D(2)],
+    ),
+    "cut": (
+        [helper.make_node("Slice", ["conv", "starts", "ends", "axes"], ["made"])],
+        {"starts": np.array([1]), "ends": np.array([4]), "axes": np.array([2])}, (4, 3, 4), [L.Cropping2D(((1, 1), (0, 0)))],
+    ),
+    "pooled": (
+        [helper.make_node("MaxPool", ["conv"], ["made"], kernel_shape=[2, 2], strides=[2, 1])],
+        {}, (4, 2, 3), [L.MaxPooling2D(2, (2, 1))],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("first", [0, -1])
+@pytest.mark.parametrize("name", SPACE)
+def test_channels_last_behind_operators_on_space(name: str, first: int, tmp_path: Path) -> None:
+    """Never as if nothing were said of the order."""
+    between, stored, (channels, height, width), same = SPACE[name]
+    count = channels * height * width
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["x.first"], perm=FIRST),
+        helper.make_node("Conv", ["x.first", "conv.weight", "conv.bias"], ["conv"]),
+        *between,
+        helper.make_node("Transpose", ["made"], ["last"], perm=LAST),
+        helper.make_node("Reshape", ["last", "shape"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "fc.weight"], ["y"]),
+    ]
+    tensors = {
+        "conv.weight": random(4, 3, 2, 2), "conv.bias": random(4), "fc.weight": random(count, 7) / 8,
+        "shape": np.array([first, count]), **stored,
+    }  # fmt: skip
+    ports = [
+        helper.make_tensor_value_info(port, TensorProto.FLOAT, ["batch", *sizes])
+        for port, sizes in (("x", [6, 5, 3]), ("y", [7]))
+    ]
+    graph = helper.make_graph(
+        nodes, "model", ports[:1], ports[1:], [numpy_helper.from_array(array, each) for each, array in tensors.items()]
+    )
+    source = tmp_path / "source.onnx"
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    made.ir_version = 9
+    onnx.save(made, source)
+    x = random(2, 6, 5, 3)
+    (y,) = run_onnx(source, x)
+    neutral.convert(source, tmp_path / "new.onnx")
+    assert np.abs(run_onnx(tmp_path / "new.onnx", x)[0] - y).max() < 1e-5
+    model = keras.Sequential(
+        [keras.Input((6, 5, 3)), L.Conv2D(4, 2), *same, L.Flatten(), L.Dense(7, use_bias=False, name="fc")]
+    )
+    try:
+        neutral.convert(source, into=model)
+    except neutral.NeutralError as refused:
+        raise AssertionError(name) from refused
+    else:
+        assert np.abs(np.asarray(model(x)) - y).max() < 1e-5
