@@ -51,7 +51,7 @@ def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = Fa
     raise_all(Refused, problems)
     stored = _dtype(layers)
     names, weights, turned = _initializers(layers, manifest)
-    builder = Builder(graph, names, _computing(graph, stored), stored)
+    builder = Builder(graph, names, _computing(manifest, graph, stored), stored)
     builder.turned |= turned
     for node in graph.nodes:
         rule = OPERATORS.get(node.op)
@@ -85,8 +85,13 @@ def _computed(builder: Builder, call: Call) -> str:
     return builder.dtype if call.native is not None else call.dtype
 
 
-def _computing(graph: Graph, stored: str) -> str:
-    """The dtype of all that the layers make, if it is wider than that of the weights: then these are cast to it."""
+def _computing(manifest: Manifest, graph: Graph, stored: str) -> str:
+    """The dtype of all that the layers make, if it is wider than that of the weights: then these are cast to it.
+
+    Only ONNX's graphs say it for certain; others have float32 where their model computes as its weights are.
+    """
+    if manifest.source.framework != "onnx":
+        return stored
     made = {graph.values[value].dtype for node in graph.nodes if node.layer is not None for value in node.outputs}
     wide = next(iter(made)) if len(made) == 1 else stored
     return wide if wide in FLOATS and widens(numpy_dtype(stored), numpy_dtype(wide)) else stored
