@@ -10,6 +10,7 @@ A file says names and elements, and no class. What a recurrent layer has twice i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,13 @@ import numpy as np
 from neutral.containers.files import SourceFile
 from neutral.containers.paddle_file import DTYPES, PaddleFile, Saved
 from neutral.containers.safetensors import open_safetensors
-from neutral.conventions.paddle import SPECTRAL_NORM_DIM, WEIGHT_NORM_DIM, channels_last
+from neutral.conventions.paddle import (
+    NORMALIZED_SHAPE,
+    SPECTRAL_NORM_DIM,
+    WEIGHT_NORM_DIM,
+    channels_last,
+    normed,
+)
 from neutral.conventions.paddle_names import places
 from neutral.errors import BadFile, Problem, Refused, WrongUsage, raise_all
 from neutral.exporters.live_settings import plain_setting
@@ -205,9 +212,11 @@ def read_live(model: Any) -> NativeModel:
             skipped.append(str(name))
     if not tensors:
         raise Refused(Problem(type(model).__qualname__, "a layer without a tensor", "at least one"))
+    behind = any(channels_last(known.config) for known in (classes or {}).values())
+    if classes is not None and behind:
+        classes = {path: _of_one_axis(known) for path, known in classes.items()}
     layers, _ = layers_of(tensors, classes)
     raise_all(Refused, [problem for layer in layers for problem in _nonzero_padding(layer)])
-    behind = any(channels_last(known.config) for known in (classes or {}).values())
     return NativeModel(
         "paddle",
         "state-dict" if classes is None else "layer",
@@ -217,6 +226,14 @@ def read_live(model: Any) -> NativeModel:
         # Such a model flattens to (position, channel), which the layers behind do not tell.
         unsettled=frozenset(layer.path for layer in layers if layer.cls == "Linear") if behind else frozenset(),
     )
+
+
+def _of_one_axis(known: LayerClass) -> LayerClass:
+    """A norm of several axes as files have it, for where channels come last nobody knows which of the axes they are."""
+    shape = normed(known.config)
+    if known.cls != "LayerNorm" or shape is None:
+        return known
+    return LayerClass(known.cls, {**known.config, NORMALIZED_SHAPE: [math.prod(shape)]})
 
 
 def _nonzero_padding(layer: NativeLayer) -> Iterator[Problem]:

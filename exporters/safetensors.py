@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from neutral.containers.hub_folder import provenance
+from neutral.containers.hub_folder import provenance, refuse_rival, unread
 from neutral.containers.safetensors import TensorSet, aliases, open_safetensors, usual_order
 from neutral.errors import BadFile, Problem, Refused, WrongUsage
 from neutral.exporters.state_dict import common_prefix, layers_from_state_dict
@@ -53,12 +53,18 @@ def _model(source: Path, opened: TensorSet) -> NativeModel:
     }
     tensors |= {alias: NativeTensor(alias, opened.tensors[name], ("tie", name)) for alias, name in ties.items()}
     prefix = common_prefix(tensors)
+    notes = [f"the prefix {prefix} of every name is left out of the layer paths"] if prefix else []
+    if source.is_dir():
+        files = [file.path.name for file in opened.files]
+        if opened.index is not None:
+            refuse_rival(opened.index, files)
+        notes += unread(source, files)
     return NativeModel(
         framework="torch",
         format="safetensors",
         layers=layers_from_state_dict(tensors),
         metadata=_metadata(opened) | ({"provenance": beside} if (beside := _beside(source, opened)) else {}),
-        notes=(f"the prefix {prefix} of every name is left out of the layer paths",) if prefix else (),
+        notes=tuple(notes),
         close=opened.close,
     )
 

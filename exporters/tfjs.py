@@ -11,6 +11,7 @@ to that scope without its innermost part (`lstm/lstm_cell/kernel`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def _model(opened: TfjsModel) -> NativeModel:
     slots, ordered = _slots(topology.config, where)
     notes = list(topology.remarks)
     weights = {name: weight for name, weight in opened.weights.items() if weight.group != _OPTIMIZER}
-    layers = tuple(_layers(slots, weights, notes))
+    lacking: list[str] = []
+    layers = tuple(_layers(slots, weights, notes, lacking))
     quantized = sorted({w.quantization.name for w in weights.values() if w.quantization is not None})
     if quantized:
         notes.append(f"weights quantized as {', '.join(quantized)}: read as the values that TensorFlow.js computes")
@@ -76,6 +78,9 @@ def _model(opened: TfjsModel) -> NativeModel:
         notes=tuple(notes),
         close=opened.close,
     )
+    if lacking:
+        because = f"{printable(lacking[0], 80)}: no graph, because the file has not all weights of the model"
+        return replace(model, notes=(*model.notes, because))
     return wired(model, topology.config, _KERAS)
 
 
@@ -104,7 +109,10 @@ def _tensor(weight: Weight) -> NativeTensor:
     return NativeTensor(weight.name, weight.data)
 
 
-def _layers(slots: list[Slot], weights: Mapping[str, Weight], notes: list[str]) -> Iterator[NativeLayer]:
+def _layers(
+    slots: list[Slot], weights: Mapping[str, Weight], notes: list[str], lacking: list[str]
+) -> Iterator[NativeLayer]:
+    """The layers with their weights. `lacking` are those of which the file has not all: TensorFlow.js loads no such model."""
     places = {target: (slot.path, local) for slot in slots for target, local in _targets(slot)}
     held: dict[str, dict[str, NativeTensor]] = {}
     left: dict[str, Weight] = {}
@@ -122,6 +130,7 @@ def _layers(slots: list[Slot], weights: Mapping[str, Weight], notes: list[str]) 
         missing = [local for local in wanted if local not in tensors]
         cls: str | None = slot.cls
         if missing:
+            lacking.append(slot.path)
             notes.append(f"{slot.path}: the file has no {', '.join(missing)} of this {slot.cls}")
             cls = slot.cls if not tensors else None
         if not slot.known:

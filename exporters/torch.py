@@ -22,6 +22,7 @@ from neutral.containers.torch_file import TorchFile
 from neutral.containers.torch_program import is_program
 from neutral.containers.torch_refs import DTYPES, TensorRef, numpy_array
 from neutral.containers.torch_tree import (
+    PACKED,
     VISITS,
     Walked,
     children_of,
@@ -29,6 +30,7 @@ from neutral.containers.torch_tree import (
     is_module,
     is_unreadable,
     listed,
+    packs_weights,
     walk,
     weight_sets,
 )
@@ -87,19 +89,22 @@ def _read(file: TorchFile, key: str | None) -> NativeModel:
     classes: dict[str, ModuleClass] | None = None
     if is_module(chosen.value):
         walked = walk(chosen.value, str(file.path))
+        raise_all(Refused, [_closed(name, what) for name, what in walked.closed.items()])
         values: Mapping[Any, Any] = walked.tensors
         if file.format != "torchscript":
             tree, classes = described(walked)
         else:
-            notes.append(
-                "TorchScript: which tensors are parameters and how layers are set is in its code, which is not run"
-            )
+            classes = scripted(walked)
+            notes += _script_notes(file)
     else:
         values = children_of(chosen.value)
     limit = _Limit(file)
     tensors, skipped = native_tensors(file, values, limit)
     if not tensors:
-        raise BadFile(Problem(str(file.path), "no tensor", "at least one", "is this a file of weights?"))
+        frozen = file.format == "torchscript" and bool(file.constants)
+        found_no = "no tensor but the constants of its code, as in a frozen TorchScript" if frozen else "no tensor"
+        do = "save the module before torch.jit.freeze" if frozen else "is this a file of weights?"
+        raise BadFile(Problem(str(file.path), found_no, "at least one", do))
     if skipped:
         notes.append("entries that are no tensors, left out: " + listed(skipped))
     prefix = common_prefix(tensors)
@@ -184,10 +189,17 @@ def native_tensors(
                     "convert it to a plain tensor before saving",
                 )
             )
+        elif packs_weights(value):
+            problems.append(_closed(name, PACKED))
         else:
             skipped.append(name)
     raise_all(Refused, problems)
     return tensors, skipped
+
+
+def _closed(name: str, what: str) -> Problem:
+    do = "use the model as it was before it was quantized" if what == PACKED else "save its state dict"
+    return Problem(name, what, "dense tensors with elements", do)
 
 
 def _collection(file: TorchFile, key: str, value: Any, limit: _Limit) -> tuple[NativeTensor, ...]:
@@ -213,6 +225,35 @@ def _collection(file: TorchFile, key: str, value: Any, limit: _Limit) -> tuple[N
 
 
 # Whole modules
+
+
+_PARAMETRIZED: Final = "torch.nn.utils.parametrize.Parametrized"
+_MANGLED: Final = re.compile(r"___torch_mangle_\d+\.")
+
+
+def scripted(walked: Walked) -> dict[str, ModuleClass]:
+    """The classes of a TorchScript's modules by path; their settings are in its code. A parametrized module has a class of
+    torch's that only borrows the name of its own."""
+    found = {module.path: script_class(module.node.cls) for module in walked.modules}
+    return {path: ModuleClass(cls) for path, cls in found.items() if not cls.startswith(_PARAMETRIZED)}
+
+
+def script_class(qualified: str) -> str:
+    """A class of TorchScript as the class that it was made of.
+
+    >>> script_class("__torch__.torch.nn.modules.conv.___torch_mangle_3.Conv2d"), script_class("__torch__.Net")
+    ('Conv2d', 'Net')
+    """
+    return class_name(_MANGLED.sub("", qualified.removeprefix("__torch__.")))
+
+
+def _script_notes(file: TorchFile) -> list[str]:
+    notes = ["TorchScript: which tensors are parameters and how layers are set is in its code, which is not run"]
+    if file.constants:
+        notes.append(
+            f"constants of its code that are tensors, left out: {file.constants}; weights, if it was frozen in part"
+        )
+    return notes
 
 
 def described(walked: Walked) -> tuple[dict[str, Any], dict[str, ModuleClass]]:
@@ -312,6 +353,7 @@ def read_live(model: torch.nn.Module | Mapping[str, Any]) -> NativeModel:
         return _read_state_dict(model)
     tensors = {}
     skipped = []
+    problems: list[Problem] = []
     import torch
 
     for name, value in model.state_dict(keep_vars=True).items():
@@ -319,6 +361,8 @@ def read_live(model: torch.nn.Module | Mapping[str, Any]) -> NativeModel:
             tensors[name] = NativeTensor(name, live_tensor(name, value), _live_identity(value))
         else:
             skipped.append(name)
+            problems += [_closed(name, PACKED)] if _is_packed(value) else []
+    raise_all(Refused, problems)
     if not tensors:
         raise Refused(Problem(type(model).__qualname__, "a module without a tensor", "at least one"))
     prefix = common_prefix(tensors)
@@ -336,9 +380,17 @@ def read_live(model: torch.nn.Module | Mapping[str, Any]) -> NativeModel:
     return with_graph(found, modules, capture)
 
 
+def _is_packed(value: object) -> bool:
+    """True for what quantized layers have in a state dict: objects of torch's C++ classes, tuples of tensors."""
+    if isinstance(value, tuple):
+        return any(getattr(member, "is_quantized", False) is True for member in value)
+    return type(value).__name__ == "ScriptObject"
+
+
 def _read_state_dict(state: Mapping[str, Any]) -> NativeModel:
     tensors = {}
     skipped = []
+    problems: list[Problem] = []
     for name, value in state.items():
         if isinstance(value, np.ndarray | np.generic):
             tensors[name] = _live_array(name, value)
@@ -346,6 +398,8 @@ def _read_state_dict(state: Mapping[str, Any]) -> NativeModel:
             tensors[name] = NativeTensor(name, live_tensor(name, value), _live_identity(value))
         else:
             skipped.append(name)
+            problems += [_closed(name, PACKED)] if _is_packed(value) else []
+    raise_all(Refused, problems)
     if not tensors:
         raise Refused(Problem("state dict", "no tensor in it", "at least one"))
     notes = _live_notes(skipped, common_prefix(tensors))

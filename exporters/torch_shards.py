@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from neutral.containers.hub_folder import provenance
+from neutral.containers.hub_folder import provenance, refuse_rival, unread
 from neutral.containers.safetensors import read_index, shard_path
 from neutral.errors import BadFile, Problem, WrongUsage, printable, raise_all
 from neutral.exporters import torch
@@ -27,10 +27,13 @@ def read(source: Path, *, key: str | None = None) -> NativeModel:
     index = index_of(source)
     if index is None:
         model = torch.read(source / SINGLE, key=key)
-        return replace(model, metadata={**model.metadata, "provenance": provenance(folder)})
+        notes = (*model.notes, *unread(folder, [SINGLE]))
+        return replace(model, metadata={**model.metadata, "provenance": provenance(folder)}, notes=notes)
     if key is not None:
         raise WrongUsage(Problem(str(source), f"the key {key!r}", "none", "a set of shards holds one set of weights"))
     places = read_index(index)
+    if source.is_dir():
+        refuse_rival(index, places.values())
     with ExitStack() as stack:
         tensors = dict(_shards(index, places, stack))
         model = NativeModel(
@@ -38,6 +41,7 @@ def read(source: Path, *, key: str | None = None) -> NativeModel:
             "bin-shards",
             layers_from_state_dict({name: tensors[name] for name in places}),
             metadata={"provenance": provenance(folder)},
+            notes=tuple(unread(folder, places.values())) if source.is_dir() else (),
         )
         return replace(model, close=stack.pop_all().close)
 

@@ -181,9 +181,8 @@ def _foreign_model(
             journey.problems.append(_unknown_problem(layer, framework, origin))
         elif layer.attributes.get("grouping") == "interleaved":
             found = "a group norm whose groups take every n-th channel"
-            journey.problems.append(
-                Problem(layer.path, found, "channels side by side", "train it with GroupNorm(pytorch_compatible=True)")
-            )
+            do = origin.advice.get("grouping", "group them so before training")
+            journey.problems.append(Problem(layer.path, found, "channels side by side", do))
         elif layer.undecided and origin.flatten != convention.flatten and not whole:
             journey.problems.append(undecided_problem(layer))
     raise_all(Refused, journey.problems)

@@ -121,7 +121,7 @@ def bind(form: Form, shapes: Mapping[str, tuple[int, ...]]) -> Binding | str:
 
 
 def _bind_part(part: Part, level: int, shapes: Mapping[str, tuple[int, ...]], used: set[str]) -> BoundPart | str:
-    sizes: dict[str, int] = {}
+    sizes: dict[str, int] = dict(part.sizes)
     rows = []
     for row in part.rows:
         names = [name.text for name in expand(row.name, level)]
@@ -317,7 +317,8 @@ def kind_advice(layer: CanonicalLayer, convention: Convention) -> str:
     """What helps with a layer of unknown kind."""
     if hintable({role: tensor.data.shape for role, tensor in layer.weights.items()}, convention):
         return f"export again with --kind '{layer.path}=KIND'"
-    return foreign_names(convention)
+    told = (convention.advice[role] for role in layer.weights if role in convention.advice)
+    return next(told, foreign_names(convention))
 
 
 def _other_kind(layer: NativeLayer, convention: Convention) -> str:
@@ -876,7 +877,7 @@ def _bind_canonical_part(part: Part, level: int, layer: CanonicalLayer, told: Ma
     one_bias = any(row.rule == "one_bias" for row in part.rows)
     if layer.kind == "gru" and after is not None and "bias" in roles and after == one_bias and not part.any_reset:
         return "its reset gate acts elsewhere (reset_after differs)"
-    sizes: dict[str, int] = dict(told) | {
+    sizes: dict[str, int] = {**part.sizes, **told} | {
         axis: layer.attributes[name]
         for axis, name in (("head", "heads"), ("kv_head", "kv_heads"))
         if name in layer.attributes

@@ -114,6 +114,7 @@ def _fill_layer(
     journey: Journey,
 ) -> None:
     contents, origin, convention, alike = ends.contents, ends.origin, ends.convention, ends.alike
+    advice = {**origin.advice, **convention.advice}
     native = item.layer
     wanted = [layer for layer in layers if layer.weights]
     mine = [partner[layer.path] for layer in wanted if layer.path in partner]
@@ -131,7 +132,7 @@ def _fill_layer(
         return
     binding = item.binding
     if binding is None and mine[0].kind == "unknown":
-        journey.problems += differing_settings(mine[0], wanted[0], alike)[0]
+        journey.problems += differing_settings(mine[0], wanted[0], alike, advice=advice)[0]
         _fill_unknown(native, mine[0], origin, alike, journey)
         return
     try:
@@ -149,7 +150,7 @@ def _fill_layer(
         ]
         ready = []
         for layer, goal in zip(mine, layers, strict=True):
-            problems, remarks = differing_settings(layer, _as_bound(goal, binding, native), alike, ends.wired)
+            problems, remarks = differing_settings(layer, _as_bound(goal, binding, native), alike, ends.wired, advice)
             journey.problems += problems
             journey.warnings += remarks
             goal_told = native.path in ends.template.splits or goal.path in ends.template.splits

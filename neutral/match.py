@@ -423,9 +423,15 @@ _WIRED_OUTSIDE = ("dense", "conv", "depthwise", "conv_transpose", "einsum_dense"
 
 
 def differing_settings(
-    source: CanonicalLayer, target: CanonicalLayer, wired_alike: bool, wirings_known: bool = False
+    source: CanonicalLayer,
+    target: CanonicalLayer,
+    wired_alike: bool,
+    wirings_known: bool = False,
+    advice: Mapping[str, str] | None = None,
 ) -> tuple[list[Problem], list[str]]:
     """Settings that both layers know and that differ: those that change the result, and remarks.
+
+    `advice` is what the frameworks of the two say of settings that differ from all others'.
 
     What a framework may do outside of the layer (an activation behind it, padding before it) is compared only if both
     models wire it inside (`wired_alike`). Where the wirings of both are known, activations are compared by these.
@@ -453,7 +459,7 @@ def differing_settings(
             remarks.append(
                 f"{where}: the source does not say {name}; taken to be {target.attributes[name]}, as in the template"
             )
-    found, doubt = _differing_groups(source, target, where, wired_alike)
+    found, doubt = _differing_groups(source, target, where, wired_alike, advice or {})
     problems, remarks = problems + found, remarks + doubt
     for name, usual in _WIRED_ELSEWHERE.items():
         a, b = source.attributes.get(name), target.attributes.get(name)
@@ -470,7 +476,7 @@ def differing_settings(
 
 
 def _differing_groups(
-    source: CanonicalLayer, target: CanonicalLayer, where: str, wired_alike: bool
+    source: CanonicalLayer, target: CanonicalLayer, where: str, wired_alike: bool, advice: Mapping[str, str]
 ) -> tuple[list[Problem], list[str]]:
     """Group norms that take other channels together, or of which one does not say which."""
     mine, other = (layer.attributes.get("grouping") for layer in (source, target))
@@ -481,7 +487,8 @@ def _differing_groups(
         taken = f"{where}: the {whose} does not say how it groups channels; taken to be as in the other model"
         return [], [taken if wired_alike or "interleaved" in (mine, other) else f"{taken}, side by side"]
     told = [f"channels of a group that are {grouping or 'side by side'}" for grouping in (mine, other)]
-    return [Problem(where, told[0], f"the template's {told[1]}", "use GroupNorm(pytorch_compatible=True) in MLX")], []
+    do = advice.get("grouping", "build both models with the same groups")
+    return [Problem(where, told[0], f"the template's {told[1]}", do)], []
 
 
 def _differing(where: str, name: str, a: Any, b: Any) -> Problem:

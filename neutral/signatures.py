@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, Self, TypeGuard
 
 from neutral.containers.files import SourceFile
-from neutral.errors import NeutralError, Problem, Refused
+from neutral.errors import NeutralError, Problem, Refused, Unsupported
 from neutral.suffixes import suffix_of
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
@@ -193,6 +193,15 @@ def torch(probe: Probe) -> str | None:
 
     if holds_program(probe.members):
         return "pt2"
+    if any("/data/aotinductor/" in name for name in probe.members):
+        raise Unsupported(
+            Problem(
+                str(probe.path),
+                "a package of AOTInductor, which is compiled code",
+                "a program of torch.export (.pt2), or a state dict",
+                "save the program that it was compiled from with torch.export.save",
+            )
+        )
     shards = probe.json.get("weight_map")
     if isinstance(shards, dict) and shards and all(str(file).endswith(".bin") for file in shards.values()):
         return "bin-shards"

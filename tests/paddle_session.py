@@ -10,11 +10,13 @@ import pickle
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import paddle
+import torch
 
 import neutral
 from neutral.errors import NeutralError
@@ -243,6 +245,65 @@ def check_windows(folder: Path) -> None:
     assert mirrored.padding == ((1, 1), (1, 1)) and mirrored.padding_mode == "reflect"
     turned = told(nn.Conv2DTranspose(2, 4, 3, stride=2, padding=1, output_padding=1, groups=2))
     assert (turned.padding, turned.output_padding, turned.groups) == (((1, 0), (1, 0)), (0, 0), 2)
+
+
+def norm_of_several_axes(folder: Path, shape: list[int]) -> None:
+    mapping, rng = {"0": "0"}, np.random.default_rng(1)
+    mine, theirs = nn.Sequential(nn.LayerNorm(shape)), torch.nn.Sequential(torch.nn.LayerNorm(shape))
+    x = rng.normal(size=(2, *shape)).astype("f4")
+    hint = {"0": f"layer_norm(normalized_shape={shape})"}
+    saved, filled = folder / "x.pdparams", folder / "y.pdparams"
+    paddle.save(mine.state_dict(), str(saved))
+
+    def alike() -> None:
+        with torch.no_grad():
+            there = theirs(torch.from_numpy(x)).numpy()
+        assert np.abs(mine(paddle.to_tensor(x)).numpy() - there).max() < 1e-5
+
+    def change() -> None:
+        for value in mine.state_dict().values():
+            value.set_value(rng.uniform(0.1, 1, value.shape).astype("f4"))
+        for parameter in theirs.state_dict().values():
+            parameter.copy_(torch.from_numpy(rng.uniform(0.1, 1, shape).astype("f4")))
+
+    change()
+    neutral.convert(mine, into=theirs, mapping=mapping)
+    alike()
+    assert neutral.digest(mine) == neutral.digest(theirs)
+    change()
+    neutral.convert(theirs, into=mine, mapping=mapping)
+    alike()
+    change()
+    neutral.convert(mine, folder / "x.pt", to="torch", force=True)
+    theirs.load_state_dict(torch.load(folder / "x.pt"))
+    alike()
+    change()
+    paddle.save(mine.state_dict(), str(saved))
+    neutral.convert(saved, into=theirs, kinds=hint, mapping=mapping)
+    alike()
+    change()
+    neutral.convert(theirs, filled, into=saved, into_kinds=hint, mapping=mapping, force=True)
+    mine.set_state_dict(paddle.load(str(filled)))
+    alike()
+    change()
+    neutral.export_model(mine, folder / "x.nwt", force=True).close()
+    neutral.import_model(folder / "x.nwt", to="paddle", out=filled, force=True)
+    neutral.import_model(folder / "x.nwt", into=theirs, mapping=mapping)
+    mine.set_state_dict(paddle.load(str(filled)))
+    alike()
+    for wrong in ("[7, 7]", "7"):
+        told = {"0": f"layer_norm(normalized_shape={wrong})"}
+        refused("0", partial(neutral.convert, saved, into=theirs, kinds=told, mapping=mapping))
+    refused("0", lambda: neutral.convert(saved, into=theirs, mapping=mapping))
+
+
+def check_layer_norms_of_several_axes(folder: Path) -> None:
+    """Stored as one axis: a layer in memory says of what sizes they are, a hint of a file."""
+    for shape in ([5, 6], [4, 4], [2, 3, 4], [2, 2, 2]):
+        norm_of_several_axes(folder, shape)
+    behind = nn.Sequential(nn.Conv2D(3, 4, 1, data_format="NHWC"), nn.LayerNorm([4, 4, 4]))
+    theirs = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.LayerNorm([4, 4, 4]))
+    refused("(64,)", lambda: neutral.convert(behind, into=theirs, mapping={"0": "0", "1": "1"}))
 
 
 CHECKS = {name: check for name, check in dict(globals()).items() if name.startswith("check_")}

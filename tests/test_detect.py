@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from neutral.errors import BadFile, Refused
+from neutral.errors import BadFile, Refused, Unsupported
 from neutral.frameworks import detect
 
 LENGTHS = {"zip": b"PK", "pickle": b"\x80\x02", "pickle 4": b"\x80\x04", "brace": b"{\x01", "hdf5": b"\x89H"}
@@ -44,3 +45,11 @@ def test_plain_arrays_may_be_paddles_or_torchs(tmp_path: Path) -> None:
             detect(source)
     safetensors.numpy.save_file({"params/fc/kernel": np.ones((2, 2), "float32")}, path, {"format": "np"})
     assert detect(path) == ("flax", "flax-safetensors")
+
+
+def test_a_package_of_aotinductor_is_compiled_code(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "model.pt2", "w") as package:
+        for name in ("data/aotinductor/model/c7.wrapper.so", "archive_format", "byteorder"):
+            package.writestr(f"model/{name}", "pt2")
+    with pytest.raises(Unsupported, match=r"AOTInductor, which is compiled code.* torch\.export\.save"):
+        detect(tmp_path / "model.pt2")

@@ -12,16 +12,22 @@ The config is kept as where the weights came from, and given to nobody as truth:
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from neutral.containers.files import SourceFile
+from neutral.errors import BadFile, Problem, printable
 
 CONFIGS: Final = ("config.json", "generation_config.json")
 _LONGEST: Final = 4 << 20
 _LARGEST_COPY: Final = 256 << 20
+_WEIGHTS: Final = re.compile(
+    r"((pytorch|tf|flax|diffusion_\w+)_model|model|consolidated).*\.(safetensors|bin|h5|msgpack|pth|pt)"
+)
+_INDEX: Final = ".index.json"
 _COPIED: Final = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".spm", ".bpe")
 
 
@@ -42,11 +48,33 @@ def _object(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def unread(folder: Path, weights: Iterable[str]) -> list[str]:
+    """A note on other weights that lie beside those that are read, such as the same ones in the format of old days."""
+    known = set(weights)
+    found = sorted(path.name for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name) and path.name not in known)
+    return [f"weights beside these, not read: {', '.join(printable(name, 60) for name in found[:5])}"] if found else []
+
+
+def refuse_rival(index: Path, listed_files: Iterable[str]) -> None:
+    """`model.safetensors` beside `model.safetensors.index.json`: one loads the one, and one the other."""
+    single = index.name.removesuffix(_INDEX)
+    if single != index.name and (index.parent / single).is_file() and single not in set(listed_files):
+        raise BadFile(
+            Problem(
+                str(index.parent),
+                f"both {printable(single, 60)} and the index of a set of shards",
+                "one set of weights",
+                "name the file or the index itself",
+            )
+        )
+
+
 def companions(folder: Path, weights: frozenset[str]) -> Iterator[Path]:
     """The small files that a copy of the folder has as well: configs, vocabularies, cards. `weights` are written anew."""
     for path in sorted(folder.iterdir()):
         plain = path.is_file() and not path.is_symlink()
-        if plain and path.name not in weights and path.suffix in _COPIED and path.stat().st_size <= _LARGEST_COPY:
+        copied = path.suffix in _COPIED and not path.name.endswith(_INDEX)
+        if plain and copied and path.name not in weights and path.stat().st_size <= _LARGEST_COPY:
             yield path
 
 

@@ -163,13 +163,22 @@ class PaddleFile:
                 )
             )
         if not self.sets:
-            raise BadFile(Problem(where, "no array", "a state dict", "is this a file of weights?"))
+            raise BadFile(Problem(where, *self._nameless()))
         if len(self.sets) > 1:
             names = ", ".join(printable(name, 80) or "its own" for name in list(self.sets)[:20])
             keys = ", ".join(f"--key {printable(name, 80)}" for name in list(self.sets)[:20] if name)
             found = f"{len(self.sets)} sets of weights ({names})"
             raise Refused(Problem(where, found, "to know which one is meant", f"choose one: {keys}"))
         return next(iter(self.sets.items()))
+
+    def _nameless(self) -> tuple[str, str, str]:
+        """What a file without a set of weights is: tensors outside of a dict have no place in a model."""
+        do = "save a dict: paddle.save(layer.state_dict(), 'model.pdparams')"
+        if _saved(self.root) is not None:
+            return "one tensor alone", "a state dict", do
+        if members_of(self.root) is not None:
+            return "a list or tuple", "a state dict, whose tensors have names", do
+        return "no array", "a state dict", "is this a file of weights?"
 
     def names(self, key: str) -> dict[str, str] | None:
         """The parameters' own names that the file lists for a set, in their order; None if it has no such list."""

@@ -183,7 +183,7 @@ def _open_shards(path: Path) -> TensorSet:
             if mapped == shard and name not in names
         )
         problems += (
-            Problem(f"{file.path}: {name}", f"a tensor that the index maps to {weight_map.get(name)}", f"to {shard}")
+            Problem(f"{file.path}: {name}", f"a tensor {_mapped(weight_map.get(name))}", f"one that it maps to {shard}")
             for name in (entry.name for entry in header.entries)
             if weight_map.get(name) != shard
         )
@@ -194,6 +194,10 @@ def _open_shards(path: Path) -> TensorSet:
     raise_all(BadFile, problems[:20])
     style = styles.pop() if len(styles) == 1 else ""
     return TensorSet({name: tensors[name] for name in weight_map}, metadata, shards, path, tuple(files), style)
+
+
+def _mapped(shard: str | None) -> str:
+    return "that the index does not list" if shard is None else f"that the index maps to {shard}"
 
 
 def _in_folder(folder: Path) -> Path:

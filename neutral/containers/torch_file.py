@@ -221,6 +221,11 @@ class TorchFile:
                     "one inside its storage",
                 )
 
+    @property
+    def constants(self) -> int:
+        """How many tensors a TorchScript has as constants of its code."""
+        return sum(name.startswith(f"{self._root}constants/") for name in self.zip.members)
+
     def logical_limit(self) -> int:
         """How many bytes the distinct tensors read from this file may have together.
 

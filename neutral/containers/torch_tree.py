@@ -11,7 +11,7 @@ silence. Modules are known by what their state holds (`_parameters`, `_modules`)
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -26,6 +26,10 @@ VISITS: Final = 100_000
 _NAME_CHARACTERS: Final = 64 << 20
 
 _LONG_LIST: Final = 10_000
+_PACKED_CLASS: Final = re.compile(
+    r"__torch__\.torch\.classes\.(quantized|rnn|sparse|xnnpack|mkldnn|mkl|metal|vulkan)\."
+)
+_FEW: Final = 8
 
 _NO_WEIGHTS: Final = re.compile(
     r"optim\w*|(lr_?)?sched\w*|callbacks?|loops|rng\w*|random\w*|amp|(grad_?)?scaler|hyper_parameters|hparams"
@@ -34,6 +38,10 @@ _NO_WEIGHTS: Final = re.compile(
 )
 """Keys of a checkpoint under which tensors are no weights."""
 _AVERAGE: Final = re.compile(r"ema|shadow|averag", re.IGNORECASE)
+
+
+PACKED: Final = "weights packed by a class of torch's own, as quantized layers have them"
+_OWN_WAY: Final = "a module that is pickled in a way of its own"
 
 
 def _example() -> TensorRef:
@@ -69,6 +77,15 @@ def is_tensor(value: object) -> bool:
 def is_unreadable(value: object) -> bool:
     """True for tensors that are not plain elements in a storage: sparse, quantized, meta, uninitialized, …"""
     return type(value) is Node and ("._rebuild_" in value.cls or value.cls.startswith("torch.nn.parameter."))
+
+
+def packs_weights(value: object) -> bool:
+    """True for an object of torch's own C++ classes, or a tuple of quantized tensors: where quantized layers keep their
+    weights."""
+    if type(value) is Node:
+        told = members_of(value.state) if value.cls == "torch.ScriptObject" else None
+        return _PACKED_CLASS.match(str(told[-1]) if told else value.cls) is not None
+    return type(value) is tuple and any(is_unreadable(member) for member in value[:_FEW])
 
 
 def is_module(value: object) -> bool:
@@ -220,6 +237,8 @@ class Walked:
 
     tensors: dict[str, Any] = field(default_factory=dict)
     modules: list[Module] = field(default_factory=list)
+    closed: dict[str, str] = field(default_factory=dict)
+    """Where weights may be that cannot be read, and what is there."""
 
 
 def walk(root: Node, where: str) -> Walked:
@@ -244,8 +263,10 @@ def walk(root: Node, where: str) -> Walked:
         walked.modules.append(module)
         if parent is not None:
             parent.children.append(module)
-        own, children = _members(node, items_of(node.state) or {})
+        state = items_of(node.state) or {}
+        own, children = _members(node, state)
         prefix = path + "." if path else ""
+        walked.closed |= {f"{prefix}{local}": what for local, what in _closed(state)}
         for local, value in own.items():
             if type(local) is str and value is not None:
                 walked.tensors[prefix + local] = value
@@ -253,6 +274,22 @@ def walk(root: Node, where: str) -> Walked:
         inside = above | {id(node)}
         pending += [(Module(prefix + name, name, child), module, inside) for name, child in reversed(children.items())]
     return walked
+
+
+def _closed(state: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
+    """What of a module's state is neither a tensor nor a module, and may hold weights all the same."""
+    for name, value in state.items():
+        if type(name) is str and packs_weights(value):
+            yield name, PACKED
+        elif type(name) is str and type(value) is Node and value.cls.startswith("__torch__.") and _is_own(value):
+            yield name, PACKED if ".quantized." in value.cls else _OWN_WAY
+    for name, value in (items_of(state.get("_modules")) or {}).items():
+        if type(name) is str and type(value) is Node and not is_module(value):
+            yield name, PACKED if ".quantized." in value.cls else _OWN_WAY
+
+
+def _is_own(value: Node) -> bool:
+    return value.state is not None and items_of(value.state) is None
 
 
 def _members(node: Node, state: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[str, Node]]:

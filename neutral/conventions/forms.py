@@ -131,6 +131,7 @@ class Part:
     """One canonical layer in a native one. `check` says whether the bound axis sizes can be true.
 
     `any_reset`: a GRU of two biases whose reset gate may act before or after the product, as its config says.
+    `sizes`: those of fused axes, where the config says them.
     """
 
     kind: str
@@ -139,6 +140,7 @@ class Part:
     attributes: Attributes = no_attributes
     check: Callable[[Sizes], bool] = any_sizes
     any_reset: bool = False
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ class Convention:
     `deciding`: what of a layer's config and local shapes tells its form where class and canonical tensors do not.
     `auto_names`: the name that the framework gives to an unnamed layer of a class, without its number -> the class.
     `kinds`: layer kinds that neutral does not have; only the convention of a plug-in has any.
+    `advice`: what to do with a layer that no other framework has, by its setting, or its tensor, that they do not have.
     """
 
     framework: str
@@ -177,6 +180,7 @@ class Convention:
     deciding: Callable[[Config, Shapes], dict[str, Any]] = field(default=lambda config, shapes: {})
     auto_names: Mapping[str, str] = field(default_factory=dict)
     kinds: tuple[type[Layer], ...] = ()
+    advice: Mapping[str, str] = field(default_factory=dict)
 
 
 def same_family(a: Convention, b: Convention) -> bool:

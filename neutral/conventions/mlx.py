@@ -137,6 +137,10 @@ def _projections() -> tuple[Row, ...]:
 MLX = Convention(
     framework="mlx",
     flatten="position channel",
+    advice={
+        "grouping": "use GroupNorm(pytorch_compatible=True) in MLX",
+        "scales": "dequantize it in MLX first (mx.dequantize)",
+    },
     forms=(
         _named(
             "Linear", "dense", Row("kernel", "weight", "out in"), Row("bias", "bias", "out"), attributes=_no_settings

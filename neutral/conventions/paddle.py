@@ -4,6 +4,8 @@ live layers without the underscore in front, for files hold none."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from neutral.conventions.forms import Attributes, Config, Convention, Form, Row, Shapes, Sizes, layer
@@ -11,6 +13,9 @@ from neutral.conventions.forms import Attributes, Config, Convention, Form, Row,
 WEIGHT_NORM_DIM = "weight_norm_dim"
 SPECTRAL_NORM_DIM = "spectral_norm_dim"
 """Settings that readers add to layers with these hooks: the axis of the stored kernel that keeps its own norm."""
+
+NORMALIZED_SHAPE = "normalized_shape"
+"""What a layer norm of several axes has of these in a live layer, and in a hint: its scale is stored as one axis."""
 
 
 def _kernel_size(sizes: Sizes) -> tuple[int, ...]:
@@ -230,8 +235,8 @@ def _weight_norms(
     attributes: Attributes | None,
     check: _Check,
 ) -> list[Form]:
-    """A magnitude has one axis, and only a live layer says which one of the kernel it is: from a file it is known where no
-    other axis has as many elements."""
+    """A magnitude has one axis, and only a live layer or a hint says which one of the kernel it is: from a file it is known
+    where no other axis has as many elements."""
     certain, told = [], []
     for dim, axis in enumerate(axes.split()[:2]):
         rows = (
@@ -243,7 +248,8 @@ def _weight_norms(
         alone = layer(kind, *rows, attributes=known, check=_alone(axis, axes.split(), check))
         certain.append(Form(classes, (alone,), applies=_told(WEIGHT_NORM_DIM, None)))
         part = layer(kind, *rows, attributes=known, check=check)
-        told.append(Form(classes, (part,), guessable=False, applies=_told(WEIGHT_NORM_DIM, dim)))
+        says = f"{WEIGHT_NORM_DIM}={dim}"
+        told.append(Form(classes, (part,), guessable=False, applies=_told(WEIGHT_NORM_DIM, dim), says=says))
     # One number for the whole kernel: a layout of no axes.
     whole = (
         Row("kernel_magnitude", "weight_g", " ", " ", required=True),
@@ -271,7 +277,9 @@ def _with(attributes: Attributes | None, reparametrization: str | None) -> Attri
 
 
 def _deciding(config: Config, shapes: Shapes) -> dict[str, Any]:
-    return {name: config[name] for name in (WEIGHT_NORM_DIM, SPECTRAL_NORM_DIM) if type(config.get(name)) is int}
+    shape = normed(config)
+    told = {} if shape is None else {NORMALIZED_SHAPE: list(shape)}
+    return told | {n: config[n] for n in (WEIGHT_NORM_DIM, SPECTRAL_NORM_DIM) if type(config.get(n)) is int}
 
 
 def _silent(config: Config) -> bool:
@@ -279,24 +287,41 @@ def _silent(config: Config) -> bool:
     return config.get("act") is None
 
 
+_NORMED_AXES = ("h w", "c h w", "d c h w")
+
+
 def _layer_norms() -> tuple[Form, ...]:
-    """The scale of several axes is stored as one; only the other framework's layer says which axes these are."""
-    several = [("feature", "feature"), *((f"({axes})", axes) for axes in ("h w", "c h w", "d c h w"))]
-    return tuple(
-        Form(
-            ("LayerNorm",),
-            (
-                layer(
-                    "layer_norm",
-                    Row("scale", "weight", native, canonical, required=True),
-                    Row("bias", "bias", native, canonical),
-                    attributes=_layer_norm,
-                ),
-            ),
-            guessable=native == "feature",
-        )
-        for native, canonical in several
-    )
+    """The scale of several axes is stored as one; only a live layer or a hint says of what sizes these are."""
+    several = [("feature", "feature"), *((f"({axes})", axes) for axes in _NORMED_AXES)]
+    return tuple(_layer_norm_form(native, canonical) for native, canonical in several)
+
+
+def _layer_norm_form(native: str, canonical: str, sizes: Sizes = MappingProxyType({})) -> Form:
+    rows = (Row("scale", "weight", native, canonical, required=True), Row("bias", "bias", native, canonical))
+    part = replace(layer("layer_norm", *rows, attributes=_layer_norm), sizes=sizes)
+    if native == "feature":
+        return Form(("LayerNorm",), (part,), applies=lambda config: normed(config) is None)
+    return Form(("LayerNorm",), (part,), guessable=False, says=f"{NORMALIZED_SHAPE}=SHAPE")
+
+
+def normed(config: Config) -> tuple[int, ...] | None:
+    """The sizes of a norm over several axes, where they are told.
+
+    >>> normed({"normalized_shape": [5, 6]}), normed({"normalized_shape": [5]})
+    ((5, 6), None)
+    """
+    shape = config.get(NORMALIZED_SHAPE)
+    if not isinstance(shape, list | tuple) or not all(type(n) is int and n > 0 for n in shape):
+        return None
+    return tuple(shape) if 2 <= len(shape) <= len(_NORMED_AXES) + 1 else None
+
+
+def _of_settings(cls: str, config: Config) -> tuple[Form, ...]:
+    shape = normed(config) if cls == "LayerNorm" else None
+    if shape is None:
+        return ()
+    axes = _NORMED_AXES[len(shape) - 2]
+    return (_layer_norm_form(f"({axes})", axes, dict(zip(axes.split(), shape, strict=True))),)
 
 
 def _projections() -> tuple[Form, Form]:
@@ -323,6 +348,7 @@ PADDLE = Convention(
     framework="paddle",
     flatten="channel position",
     deciding=_deciding,
+    build=_of_settings,
     forms=(
         *_kernel_forms(),
         Form(("Embedding",), (layer("embedding", Row("embedding", "weight", "token feature"), attributes=_embedding),)),

@@ -92,6 +92,29 @@ def test_safetensors_go_before_pickles_in_one_folder(tmp_path: Path) -> None:
     path = folder(tmp_path / "model", "safetensors", 1)
     torch.save(state(2), path / "pytorch_model.bin")
     assert detect(path)[0] == "safetensors"
+    with neutral.export_model(path, tmp_path / "out.nwt") as archive:
+        assert archive.manifest.notes[-1] == "weights beside these, not read: pytorch_model.bin"
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_one_file_and_an_index_of_others_are_two_sets(kind: str, tmp_path: Path) -> None:
+    """transformers loads the file; what made the shards, maybe after it, meant them."""
+    path = folder(tmp_path / "model", f"{kind} shards", 1)
+    other = folder(tmp_path / "other", kind, 2)
+    single = next(file for file in other.iterdir() if file.suffix == f".{kind}")
+    single.rename(path / single.name)
+    with pytest.raises(BadFile, match=f"both {single.name} and the index"):
+        neutral.export_model(path, tmp_path / "out.nwt")
+    assert neutral.digest(path / f"{single.name}.index.json") != neutral.digest(path / single.name)
+
+
+def test_the_index_of_other_shards_is_not_copied_without_them(tmp_path: Path) -> None:
+    path = folder(tmp_path / "model", "safetensors", 1)
+    for file in folder(tmp_path / "old", "bin shards", 2).glob("pytorch_model*"):
+        file.rename(path / file.name)
+    neutral.convert(folder(tmp_path / "given", "safetensors", 3), tmp_path / "filled", into=path)
+    assert sorted(p.name for p in (tmp_path / "filled").iterdir()) == ["config.json", "model.safetensors", "vocab.txt"]
+    assert same(loaded(tmp_path / "filled"), state(3))
 
 
 def test_the_index_itself_may_be_named(tmp_path: Path) -> None:

@@ -105,6 +105,13 @@ def test_dtypes(tmp_path: Path) -> None:
 def test_what_is_no_file_of_paddle_save(tmp_path: Path) -> None:
     with pytest.raises(BadFile, match="no array"):
         opened(tmp_path, {"a": 1}).choose(None)
+    for nameless, found in (
+        (Named("own", W), "one tensor alone"),
+        ([Named("own", W)], "a list"),
+        ((STATE, {}), "a list"),
+    ):
+        with pytest.raises(BadFile, match=rf"{found}.*paddle\.save\(layer"):
+            opened(tmp_path, nameless).choose(None)
     for name, content, error in (
         ("x.pdiparams", b"\0" * 40, Unsupported),
         ("x.pdmodel", b"\x0a\x05program", Unsupported),

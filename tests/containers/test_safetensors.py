@@ -334,7 +334,7 @@ ONE = "one.safetensors"
         ({"a": ONE, "b": "two.safetensors"}, {"one": ["a"]}, "not there"),
         ({"a": ONE, "b": "two.safetensors"}, {"one": ["a"], "two": ["a", "b"]}, "maps to one"),
         ({"a": ONE, "b": ONE}, {"one": ["a"]}, "no such tensor"),
-        ({"a": ONE}, {"one": ["a", "b"]}, "maps to None"),
+        ({"a": ONE}, {"one": ["a", "b"]}, "does not list"),
         ({"a": 1}, {"one": ["a"]}, "weight_map"),
         ([], {"one": ["a"]}, "weight_map"),
         ("{}", {"one": ["a"]}, "weight_map"),

@@ -71,7 +71,7 @@ def test_a_hint_makes_four_dense_layers_of_an_attention() -> None:
 
 
 def test_which_axis_a_magnitude_has() -> None:
-    """Known where only one axis is as long; else only a live layer says it, and a hint does not."""
+    """Known where only one axis is as long; else a live layer or a hint says it."""
     for shapes, magnitude in (
         ({"weight_v": (4, 3), "weight_g": (3,)}, (3, 1)),
         ({"weight_v": (4, 3), "weight_g": (4,)}, (1, 4)),
@@ -86,6 +86,11 @@ def test_which_axis_a_magnitude_has() -> None:
     assert recognise(native(**square), PADDLE).binding is None
     with pytest.raises(Refused, match="without the setting"):
         recognise(native(**square), PADDLE, "dense")
+    told = NativeModel("paddle", "pdparams", (native(**square),))
+    with pytest.raises(Refused, match=r"weight_norm_dim=0\).*weight_norm_dim=1\)"):
+        canonical_layers(told, PADDLE, kinds={"x": "dense"})
     for dim, shape in ((0, (1, 4)), (1, (4, 1))):
+        (found,) = canonical_layers(told, PADDLE, kinds={"x": f"dense(weight_norm_dim={dim})"})
+        assert found.tensors["kernel_magnitude"].data.shape == shape
         model = NativeModel("paddle", "layer", (native("Linear", {WEIGHT_NORM_DIM: dim}, **square),))
         assert canonical_layers(model, PADDLE)[0].tensors["kernel_magnitude"].data.shape == shape

@@ -11,7 +11,7 @@ import pytest
 import neutral
 from neutral.canon import read_layers
 from neutral.conventions.tfjs import TFJS
-from neutral.errors import BadFile, WrongUsage
+from neutral.errors import BadFile, Refused, WrongUsage
 from neutral.exporters.tfjs import read
 from neutral.native import NativeLayer, NativeModel
 from tests.tfjs_models import Array, Json, functional, layer, save, sequential, weights
@@ -200,6 +200,18 @@ def test_what_does_not_belong_to_a_layer_is_kept_and_told(tmp_path: Path) -> Non
     assert [t.name for t in model.collections["optimizer"]] == ["adam/m"]
     assert [note for note in model.notes if "d: the file has no bias of this Dense" in note]
     model.close()
+
+
+def test_a_model_without_all_of_its_weights_is_no_whole_one(tmp_path: Path) -> None:
+    """TensorFlow.js refuses to load it: a new model would compute as if what is missing were nothing."""
+    first, last = (layer("Dense", name, units=2, batch_input_shape=[None, 3]) for name in ("a", "b"))
+    arrays = weights(a__kernel=(3, 2), a__bias=(2,), b__kernel=(2, 2))
+    path = save(tmp_path / "m", sequential(first, last), arrays)
+    model = read(path)
+    assert model.graph is None and model.notes[-1].startswith("b: no graph, because the file has not all weights")
+    model.close()
+    with pytest.raises(Refused, match="has not all weights"):
+        neutral.convert(path, tmp_path / "m.keras")
 
 
 def test_two_weights_for_one_place_are_refused(tmp_path: Path) -> None:

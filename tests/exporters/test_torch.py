@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.ao import quantization
 
 from neutral.errors import BadFile, NeutralError, Refused
 from neutral.exporters.torch import read, read_live
@@ -90,6 +91,7 @@ def test_a_module_whose_class_is_gone(tmp_path: Path, monkeypatch: pytest.Monkey
     here = types.ModuleType("gone_for_good")
     code = """
 from torch import nn
+from torch.ao import quantization
 class Gone(nn.Module):
     def __init__(self):
         super().__init__()
@@ -306,13 +308,76 @@ def test_live_modules_without_elements_are_refused() -> None:
         read_live(nn.ReLU())
 
 
-def test_torchscript_weights_are_read_and_its_code_is_not_run(tmp_path: Path) -> None:
-    module = nn.Sequential(nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3))
-    torch.jit.trace(module.eval(), torch.randn(1, 2, 5)).save(tmp_path / "x.pt")
+@pytest.mark.parametrize("how", ["trace", "script"])
+def test_torchscript_weights_are_read_with_their_classes_and_its_code_is_not_run(tmp_path: Path, how: str) -> None:
+    module = nn.Sequential(nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3), nn.Conv1d(3, 4, 1)).eval()
+    made = torch.jit.script(module) if how == "script" else torch.jit.trace(module, torch.randn(1, 2, 5))
+    made.save(tmp_path / "x.pt")
     model = read(tmp_path / "x.pt")
-    assert model.format == "torchscript" and {layer.cls for layer in model.layers} == {None}
+    assert model.format == "torchscript"
+    assert [(layer.cls, layer.config) for layer in model.layers] == [
+        ("Conv1d", {}),
+        ("BatchNorm1d", {}),
+        ("Conv1d", {}),
+    ]
     got = {t.name: t.data.read().tobytes() for t in model.tensors()}
     assert got == {name: raw(tensor) for name, tensor in module.state_dict().items()}
+
+
+def test_a_parametrized_module_of_torchscript_has_no_class_of_its_own(tmp_path: Path) -> None:
+    module = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+    torch.jit.trace(module, torch.randn(1, 3)).save(tmp_path / "x.pt")
+    assert {layer.cls for layer in read(tmp_path / "x.pt").layers} == {None}
+
+
+def test_a_frozen_torchscript_has_its_weights_in_its_code(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4)).eval()
+    torch.jit.freeze(torch.jit.script(module)).save(tmp_path / "x.pt")
+    with pytest.raises(BadFile, match=r"constants of its code.* before torch\.jit\.freeze"):
+        read(tmp_path / "x.pt")
+    torch.jit.freeze(torch.jit.script(module), preserved_attrs=["1"]).save(tmp_path / "y.pt")
+    model = read(tmp_path / "y.pt")
+    assert [layer.path for layer in model.layers] == ["1"] and "left out: 2" in model.notes[-1]
+
+
+class Quantizable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.conv, self.out = quantization.QuantStub(), nn.Conv2d(2, 3, 2), quantization.DeQuantStub()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = self.norm(self.out(self.conv(self.into(x))))
+        return normed
+
+
+def quantized(how: str) -> nn.Module:
+    if how == "static":
+        module = Quantizable().eval()
+        module.into.qconfig = module.conv.qconfig = quantization.get_default_qconfig("x86")  # type: ignore[assignment]
+        prepared = quantization.prepare(module)
+        prepared(torch.randn(1, 2, 4, 4))
+        made: nn.Module = quantization.convert(prepared)
+        return made
+    cls = nn.Linear if how == "linear" else nn.LSTM
+    return quantization.quantize_dynamic(  # type: ignore[no-any-return]
+        nn.Sequential(nn.LayerNorm(5), cls(5, 6)), {cls}, dtype=torch.qint8
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["linear", "lstm", "static"])
+def test_layers_that_are_quantized_are_not_left_out_in_silence(tmp_path: Path, how: str) -> None:
+    module = quantized(how)
+    torch.save(module, tmp_path / "module.pt")
+    torch.save(module.state_dict(), tmp_path / "state.pt")
+    torch.jit.script(module).save(tmp_path / "script.pt")
+    for name in ("module", "state", "script"):
+        with pytest.raises(Refused, match=r"quantized|qtensor"):
+            read(tmp_path / f"{name}.pt")
+    for live in (module, module.state_dict()):
+        with pytest.raises(Refused, match=r"quantized|qint8"):
+            read_live(live)
 
 
 def test_numpy_arrays_in_a_state_dict(tmp_path: Path) -> None:

@@ -208,9 +208,9 @@ def test_groups_that_take_other_channels(tmp_path: Path) -> None:
     torch.save(theirs, tmp_path / "x.pt")
     with pytest.raises(Refused, match="side by side, expected the template's channels of a group that are interleaved"):
         neutral.convert(tmp_path / "x.pt", into=nn.Sequential(nn.GroupNorm(2, 4)))
-    with pytest.raises(Refused, match="interleaved, expected the template's"):
+    with pytest.raises(Refused, match=r"interleaved, expected the template's.*pytorch_compatible=True\) in MLX"):
         neutral.convert(nn.Sequential(nn.GroupNorm(2, 4)), into=theirs)
-    with pytest.raises(Refused, match="every n-th channel"):
+    with pytest.raises(Refused, match=r"every n-th channel.*pytorch_compatible=True"):
         neutral.convert(nn.Sequential(nn.GroupNorm(2, 4)), tmp_path / "y.pt", to="torch")
     for fits in (nn.GroupNorm(2, 4, pytorch_compatible=True), nn.GroupNorm(1, 4), nn.GroupNorm(4, 4)):
         groups = torch.nn.Sequential(torch.nn.GroupNorm(fits.num_groups, 4))
@@ -271,9 +271,9 @@ def test_quantized_layers_stay_as_they_are(tmp_path: Path) -> None:
     neutral.convert(tmp_path / "q.nwt", tmp_path / "r.safetensors", to="mlx")
     before, after = (mx.load(str(tmp_path / f"{name}.safetensors")) for name in "qr")
     assert before.keys() == after.keys() and all(mx.array_equal(before[name], after[name]) for name in before)
-    with pytest.raises(NeutralError, match="unknown kind"):
+    with pytest.raises(NeutralError, match=r"unknown kind.*mx\.dequantize"):
         neutral.convert(tmp_path / "q.safetensors", tmp_path / "x.pt", to="torch")
-    with pytest.raises(NeutralError, match="unknown kind"):
+    with pytest.raises(NeutralError, match=r"unknown kind.*mx\.dequantize"):
         neutral.convert(module, tmp_path / "x.pt", to="torch")
 
 
