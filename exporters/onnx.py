@@ -55,7 +55,9 @@ def _model(opened: OnnxFile) -> NativeModel:
         layers=layers,
         splits=found.splits,
         ordered=False,
-        metadata=_metadata(opened.model) | ({"turned": sorted(found.turned)} if found.turned else {}),
+        metadata=_metadata(opened.model)
+        | ({"turned": sorted(found.turned)} if found.turned else {})
+        | ({"remarks": dict(found.remarks)} if found.remarks else {}),
         notes=found.notes,
         close=opened.close,
         unsettled=found.unsettled,

@@ -4,6 +4,7 @@ x * sigmoid(x)                                              Swish
 x * clip(x / 6 + 1/2, 0, 1)                                 HardSwish
 x * tanh(softplus(x))                                       Mish
 where(x > 20, x, softplus(x))                               Softplus
+where(x < 0, x + n, x)                                      x itself, where it looks up rows of a table of n
 x / 2 * (1 + erf(x / sqrt(2)))                              Gelu
 x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))       Gelu, approximated
 """
@@ -11,7 +12,7 @@ x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))       Gelu, approximated
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from neutral.containers.onnx import NodeProto
@@ -27,7 +28,8 @@ _LINEAR_FROM = 20.0
 
 @dataclass(frozen=True)
 class Fused:
-    """An activation of the value `source`; `inner` are the nodes that it takes the place of, but for the last."""
+    """An activation of the value `source`, or, without `op`, the value itself; `inner` are the nodes that it takes the place
+    of, but for the last."""
 
     op: str
     attributes: Mapping[str, Attribute]
@@ -37,6 +39,9 @@ class Fused:
 
 def activation(b: Builder, one: Fused) -> None:
     x = b.flow(one.source)
+    if not one.op:
+        b.flows[b.node.outputs[0]] = x
+        return
     y = b.make(one.op, [x], x.sizes, one.attributes, order=x.order)
     b.holds(x, y)
 
@@ -47,9 +52,8 @@ def fused_activations(scope: Scope) -> dict[int, Fused]:
     for node in scope.graph.nodes:
         if node.domain or not node.outputs:
             continue
-        one = (
-            _product(scope, node) if node.op_type == "Mul" else _where(scope, node) if node.op_type == "Where" else None
-        )
+        rules = _RULES.get(node.op_type, ())
+        one = next((made for rule in rules if (made := rule(scope, node)) is not None), None)
         if one is not None and all(_inside(scope, inner, one, node) for inner in one.inner):
             found[id(node)] = one
     return found
@@ -191,3 +195,79 @@ def _times(scope: Scope, value: str) -> tuple[str, float, NodeProto] | None:
     if node is None or found is None or (node.op_type == "Div" and (found[0] != node.inputs[0] or not found[1])):
         return None
     return found[0], found[1] if node.op_type == "Mul" else 1 / found[1], node
+
+
+# --- places of rows, counted from the end where they are negative, as ONNX's Gather itself does ---
+
+
+def _chosen_place(scope: Scope, node: NodeProto) -> Fused | None:
+    """where(x < 0, x + n, x)"""
+    if len(node.inputs) != 3:
+        return None
+    less, x = _negative(scope, node.inputs[0]), node.inputs[2]
+    adds = _maker(scope, node.inputs[1], "Add")
+    if less is None or adds is None or less[0] != x or not _rows_behind(scope, node, adds, x):
+        return None
+    return Fused("", {}, x, (*less[1], adds))
+
+
+def _summed_place(scope: Scope, node: NodeProto) -> Fused | None:
+    """(x < 0) * (x + n) + x * not (x < 0)"""
+    products = [_maker(scope, value, "Mul") for value in node.inputs]
+    for one, other in (products, products[::-1]) if len(products) == 2 else ():
+        if one is None or other is None or len(one.inputs) != 2 or len(other.inputs) != 2:
+            continue
+        for negative, moved in (one.inputs, one.inputs[::-1]):
+            less, adds = _negative(scope, negative), _maker(scope, moved, "Add")
+            if less is None or adds is None or less[0] not in other.inputs:
+                continue
+            x = less[0]
+            rest = _negated(scope, other.inputs[1] if other.inputs[0] == x else other.inputs[0])
+            if rest is not None and rest[0] == x and _rows_behind(scope, node, adds, x):
+                inner = {id(each): each for each in (one, other, adds, *less[1], *rest[1])}
+                return Fused("", {}, x, tuple(inner.values()))
+    return None
+
+
+def _uncast(scope: Scope, value: str, inner: list[NodeProto]) -> str:
+    cast = _maker(scope, value, "Cast")
+    if cast is None:
+        return value
+    inner.append(cast)
+    return cast.inputs[0]
+
+
+def _negative(scope: Scope, value: str) -> tuple[str, list[NodeProto]] | None:
+    """x of x < 0, and the nodes of it."""
+    inner: list[NodeProto] = []
+    less = _maker(scope, _uncast(scope, value, inner), "Less")
+    if less is None or len(less.inputs) != 2 or scalar_of(scope, less.inputs[1]) != 0:
+        return None
+    inner.append(less)
+    return _uncast(scope, less.inputs[0], inner), inner
+
+
+def _negated(scope: Scope, value: str) -> tuple[str, list[NodeProto]] | None:
+    """x of not (x < 0), and the nodes of it."""
+    inner: list[NodeProto] = []
+    turned = _maker(scope, _uncast(scope, value, inner), "Not")
+    less = _negative(scope, turned.inputs[0]) if turned is not None else None
+    return None if turned is None or less is None else (less[0], [*inner, turned, *less[1]])
+
+
+def _rows_behind(scope: Scope, node: NodeProto, adds: NodeProto, x: str) -> bool:
+    """True if x + n is added up, n rows of each table in which the result of a node is looked up."""
+    told = _with_number(scope, adds)
+    users = scope.users.get(node.outputs[0], [])
+    tables = [scope.constant(user.inputs[0]) for user in users if user.op_type == "Gather" and len(user.inputs) == 2]
+    if told is None or told[0] != x or not users or len(tables) < len(users):
+        return False
+    first = all(user.attributes.get("axis", 0) == 0 for user in users)
+    return first and all(table is not None and table.shape[:1] == (told[1],) for table in tables)
+
+
+_RULES: Mapping[str, tuple[Callable[[Scope, NodeProto], Fused | None], ...]] = {
+    "Add": (_summed_place,),
+    "Mul": (_product,),
+    "Where": (_where, _chosen_place),
+}

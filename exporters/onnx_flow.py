@@ -163,6 +163,8 @@ class Builder:
             grid = (channels, size // channels) if back else (size // channels, channels)
             names = [self.describe(f"{flow.value}.{part}", (flow.sizes[0], *sizes), flow.dtype) for part, sizes in
                      (("grid", grid), ("turn", grid[::-1]), ("vector", (size,)))]  # fmt: skip
+            # The layer behind it takes an image in an order of its own (`behind_moved_images`).
+            self._images.add(self._root(names[0] if back else names[1]))
             self.emit("Reshape", [flow.value], [names[0]], {"shape": grid})
             self.emit("Transpose", [names[0]], [names[1]], {"perm": (0, 2, 1)})
             self.emit("Reshape", [names[1]], [names[2]], {"shape": (size,)})

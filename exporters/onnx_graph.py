@@ -60,7 +60,7 @@ class _Walk:
         self.where = ""
         self.layers: dict[int, tuple[FoundLayer, NodeProto | None]] = {}
         self.added: set[int] = set()
-        self.calls: dict[int, tuple[FoundLayer, NodeProto]] = {}
+        self.calls: dict[int, tuple[FoundLayer, NodeProto, tuple[int, ...]]] = {}
         """The last one of several nodes that are a layer, and the one node that stands for all."""
         self.fused = fused_activations(scope)
         self.added |= {id(node) for one in self.fused.values() for node in one.inner}
@@ -76,6 +76,7 @@ class _Walk:
             self.calls[id(last)] = (
                 layer,
                 replace(last, op_type=str(layer.cls), inputs=(call.source,), attributes=layer.config),
+                call.order,
             )
         main: NodeProto | None = None
         for node in layer.nodes if not layer.calls else ():
@@ -147,7 +148,11 @@ class _Walk:
         if any(name in b.flows for name in node.outputs):
             raise Inexpressible("two values of one name")
         if id(node) in self.calls:
-            layer, b.node = self.calls[id(node)]
+            layer, b.node, order = self.calls[id(node)]
+            if order:
+                given = f"{b.node.inputs[0]} (turned for {layer.path})"
+                b.flows[given] = b.turned_to(b.flow(b.node.inputs[0]), order)
+                b.node = replace(b.node, inputs=(given,))
             self._layer(b.node, layer)
             return
         if id(node) in self.fused:

@@ -81,7 +81,8 @@ def _joining(b: Builder) -> None:
     node = b.node
     numbers = {name: b.scalar(name) for name in node.inputs if b.is_stored(name)}
     if any(number is None for number in numbers.values()):
-        raise Inexpressible(f"a {node.op_type} with a stored tensor of several elements that is no layer's")
+        maybe = " (a batch normalization, as some exporters leave it?)" if node.op_type == "Mul" else ""
+        raise Inexpressible(f"a {node.op_type} with a stored tensor of several elements that is no layer's{maybe}")
     flows = {name: b.flow(name) for name in node.inputs if name not in numbers}
     orders = {(flow.order, flow.channels) for flow in flows.values()}
     if len(orders) > 1 or len({flow.rank for flow in flows.values()}) > 1:

@@ -22,7 +22,10 @@ _TIME, _WAYS, _BATCH, _UNITS, _ONE = "t", "d", "b", "u", "1"
 _JOINED = _WAYS + _UNITS
 _MERGES = {"ReduceSum": "sum", "ReduceProd": "mul", "ReduceMean": "ave"}
 _LARGEST_STATE = 1 << 24
+_MOST_STEPS = 64
 _ALL_STEPS = -(1 << 31)
+_LONG = 1 << 30
+"""More steps than a sequence has."""
 
 
 class Recurrence:
@@ -182,12 +185,16 @@ def _states(b: Builder, ways: int, batch_first: bool) -> list[Flow]:
     return [parts[way] for way in range(ways) for parts in found]
 
 
-def _is_zero(b: Builder, name: str) -> bool:
-    """True for states of nothing but zeros, which the graph makes or an exporter has stored."""
+def _is_zero(b: Builder, name: str, depth: int = 0) -> bool:
+    """True for states of nothing but zeros, which the graph makes or an exporter has stored, for one sequence or for all."""
     if name not in b.zeros:
-        stored = b.scope.constant(name)
+        stored, maker = b.scope.constant(name), b.scope.makers.get(name)
         small = stored is not None and math.prod(stored.shape) <= _LARGEST_STATE
-        b.zeros[name] = not forward(stored).read().any() if stored is not None and small else b.scope.zero(name)
+        spread = maker is not None and not maker.domain and maker.op_type in ("Expand", "Tile") and depth < _MOST_STEPS
+        if stored is None and maker is not None and spread:
+            b.zeros[name] = _is_zero(b, maker.inputs[0], depth + 1)
+        else:
+            b.zeros[name] = not forward(stored).read().any() if stored is not None and small else b.scope.zero(name)
     return b.zeros[name]
 
 
@@ -217,7 +224,7 @@ def followed(b: Builder, node: NodeProto) -> bool:
     if isinstance(steps, Steps) and node.op_type in _FOLLOWED:
         made = _FOLLOWED[node.op_type](b, steps)
     elif node.op_type == "Concat":
-        made = _stacked(b)
+        made = _side_by_side(b) or _stacked(b)
     elif isinstance(steps, Lifted):
         made = _picked(b, steps)
     for name, one in zip(node.outputs, made, strict=False):
@@ -234,6 +241,24 @@ def _stacked(b: Builder) -> list[Lifted]:
             return []
         parts += one.parts
     return [Lifted(tuple(parts))] if parts and b.attribute("axis") == 0 else []
+
+
+def _side_by_side(b: Builder) -> list[Steps]:
+    """The units of both directions of a layer in one axis, forward first."""
+    parts = [b.flows.get(name) for name in b.node.inputs]
+    first, *rest = parts
+    if (
+        not isinstance(first, Steps)
+        or len(rest) != 1
+        or not isinstance(rest[0], Steps)
+        or (first.way, rest[0].way) != (0, 1)
+    ):
+        return []
+    axis = b.attribute("axis")
+    if replace(rest[0], way=0) != first or type(axis) is not int or first.axes[axis % len(first.axes)] != _UNITS:
+        return []
+    axes = tuple(_JOINED if letter == _UNITS else letter for letter in first.axes)
+    return [replace(first, way=None, axes=axes)]
 
 
 def _lifted(one: Any) -> Any:
@@ -320,10 +345,16 @@ def _gathered(b: Builder, steps: Steps) -> list[Steps]:
         return []
     if steps.axes[axis] == _WAYS:
         return [_of_way(_without(steps, {axis}), index[0])]
-    alone = steps.source.ways == 1 and steps.kind == "Y" and steps.backwards == steps.source.reversed
-    if steps.axes[axis] == _TIME and alone and index[0] == -1:
-        return [replace(_without(steps, {axis}), kind="H", backwards=False)]
+    last = _last_step(steps)
+    if steps.axes[axis] == _TIME and last is not None and index[0] == -1:
+        return [_without(last, {axis})]
     return []
+
+
+def _last_step(steps: Steps) -> Steps | None:
+    """The last step of all, which is the last state, if one direction computes them in this order."""
+    alone = steps.source.ways == 1 and steps.kind == "Y" and steps.backwards == steps.source.reversed
+    return replace(steps, kind="H", backwards=False) if alone else None
 
 
 def _of_way(steps: Steps, way: int) -> Steps:
@@ -335,6 +366,10 @@ def _sliced(b: Builder, steps: Steps) -> list[Steps]:
     if not starts or not ends or not axes or len(axes) != 1:
         return []
     axis = axes[0] % len(steps.axes)
+    if steps.axes[axis] == _TIME and step in (None, (1,)) and starts[0] == -1 and ends[0] > _LONG:
+        last = _last_step(steps)
+        made = tuple(_ONE if i == axis else letter for i, letter in enumerate(steps.axes))
+        return [replace(last, axes=made)] if last is not None else []
     if steps.axes[axis] == _TIME and step == (-1,) and starts[0] in (-1, (1 << 63) - 1) and ends[0] <= _ALL_STEPS:
         return [replace(steps, backwards=not steps.backwards)]
     if steps.axes[axis] != _WAYS or steps.source.ways == 1 or step not in (None, (1,)):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from neutral.conventions.onnx_layers import FoundLayer
-from neutral.exporters.onnx_flow import Builder, Flow, Inexpressible, Sizes
+from neutral.exporters.onnx_flow import Builder, Flow, Inexpressible, Sizes, dtype_name
 from neutral.exporters.onnx_spatial import windows
 from neutral.schema.graph import Attribute
 from neutral.schema.node_settings import equation_terms
@@ -105,8 +105,10 @@ def _conv_transpose(b: Builder, found: FoundLayer, turned: Turned) -> None:
 
 def _embedding(b: Builder, found: FoundLayer, turned: Turned) -> None:
     x = b.take(b.value_of(1))
-    table = found.tensors["data"]
-    b.make("Gather", [x], (*x.sizes, _shape(found, "data")[1]), layer=found.path, dtype=table.data().dtype.name)
+    cast = b.scope.makers.get(b.value_of(0))
+    to = cast.attributes.get("to") if cast is not None and cast.op_type == "Cast" else None
+    dtype = dtype_name(to) if type(to) is int else found.tensors["data"].data().dtype.name
+    b.make("Gather", [x], (*x.sizes, _shape(found, "data")[1]), layer=found.path, dtype=dtype)
 
 
 def _features(found: FoundLayer) -> int:

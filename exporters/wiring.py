@@ -43,7 +43,7 @@ def with_graph(model: NativeModel, described: Mapping[str, Any] | None, capture:
         return replace(model, notes=(*model.notes, note))
     unsettled: frozenset[str] = frozenset()
     if graph is not None:
-        unsettled = frozenset(path for path in _behind_moved_images(graph) if not splits.get(path))
+        unsettled = frozenset(path for path in behind_moved_images(graph) if not splits.get(path))
         unusual = set(_beside_transposed_flatten(graph))
         splits = {path: axes for path, axes in splits.items() if axes or path not in unusual}
     return replace(model, graph=graph, splits=splits, unsettled=unsettled, notes=(*model.notes, *notes))
@@ -85,8 +85,10 @@ def _readers(graph: Graph) -> dict[str, list[Node]]:
     return readers
 
 
-def _behind_moved_images(graph: Graph) -> Iterator[str]:
+def behind_moved_images(graph: Graph | None) -> Iterator[str]:
     """The layers that take a vector of the elements of an image, in an order that only a Transpose gives."""
+    if graph is None:
+        return
     makers = _makers(graph)
     readers = _readers(graph)
     inputs = {node.layer: node.inputs[0] for node in graph.nodes if node.layer is not None and node.inputs}

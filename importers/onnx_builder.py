@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from neutral.containers.onnx_building import Attribute, Described
+from neutral.containers.onnx_building import Attribute, Described, dtype_number
 from neutral.containers.onnx_building import Node as Written
 from neutral.errors import Problem, Refused
 from neutral.native import NativeLayer
@@ -28,11 +28,17 @@ FLOATS = ("float32", "float64", "float16", "bfloat16")
 class Builder:
     """The nodes and weights so far, and what each value of the archive's graph is called and made of."""
 
-    def __init__(self, graph: Graph, weights: Mapping[str, Mapping[str, str]], dtype: str) -> None:
+    def __init__(
+        self, graph: Graph, weights: Mapping[str, Mapping[str, str]], dtype: str, stored: str | None = None
+    ) -> None:
         self.graph = graph
         self.weights = weights
         """The names of each layer's initializers, by their local names."""
         self.dtype = dtype
+        self.stored = stored or dtype
+        """What the nodes compute with, and what the weights are stored as."""
+        self.cast: dict[str, str] = {}
+        """Weights that are stored in another dtype, as they are computed with."""
         self.nodes: list[Written] = []
         self.turned: set[tuple[str, str]] = set()
         """Weights (layer, local name) that are the transpose of their initializer, which is another layer's, too."""
@@ -182,6 +188,10 @@ class Call:
         """The initializer of a local name, or nothing (an input that is left out) where the layer has none."""
         path = self.node.layer or ""
         name = self.b.weights[path].get(local, "")
+        if name and self.b.stored != self.b.dtype:
+            if name not in self.b.cast:
+                self.b.cast[name] = self.emit("Cast", [name], suffix=f"{local}.cast", to=dtype_number(self.b.dtype))
+            name = self.b.cast[name]
         if (path, local) not in self.b.turned:
             return name
         if name not in self.b.transposed:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from neutral.containers.onnx_building import Model, write
 from neutral.errors import Problem, Refused, raise_all
-from neutral.importers.onnx_builder import FLOATS, Builder, Call
+from neutral.importers.onnx_builder import FLOATS, Builder, Call, numpy_dtype
 from neutral.importers.onnx_operators import OPERATORS
 from neutral.native import NativeLayer, NativeModel, Tensor
+from neutral.rules import widens
 from neutral.schema.graph import Graph
 from neutral.schema.manifest import Manifest
 
@@ -48,9 +49,9 @@ def build(model: NativeModel, manifest: Manifest, out: Path, *, force: bool = Fa
         if path not in used
     ]
     raise_all(Refused, problems)
-    dtype = _dtype(layers)
+    stored = _dtype(layers)
     names, weights, turned = _initializers(layers, manifest)
-    builder = Builder(graph, names, dtype)
+    builder = Builder(graph, names, _computing(manifest, graph, stored), stored)
     builder.turned |= turned
     for node in graph.nodes:
         rule = OPERATORS.get(node.op)
@@ -82,6 +83,18 @@ def _graph(manifest: Manifest, out: Path) -> Graph:
 def _computed(builder: Builder, call: Call) -> str:
     """The dtype that a node makes: that of its weights, or else of what it is given."""
     return builder.dtype if call.native is not None else call.dtype
+
+
+def _computing(manifest: Manifest, graph: Graph, stored: str) -> str:
+    """The dtype of all that the layers make, if it is wider than that of the weights: then these are cast to it.
+
+    Only ONNX's graphs say it for certain; others have float32 where their model computes as its weights are.
+    """
+    if manifest.source.framework != "onnx":
+        return stored
+    made = {graph.values[value].dtype for node in graph.nodes if node.layer is not None for value in node.outputs}
+    wide = next(iter(made)) if len(made) == 1 else stored
+    return wide if wide in FLOATS and widens(numpy_dtype(stored), numpy_dtype(wide)) else stored
 
 
 def _dtype(layers: Mapping[str, NativeLayer]) -> str:

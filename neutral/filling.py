@@ -23,7 +23,8 @@ from neutral.doubts import (
     unknown_problem,
     unnamed_problem,
 )
-from neutral.errors import NeutralError, Problem, Refused, named, raise_all, reworded
+from neutral.errors import NeutralError, Problem, Refused, named, printable, raise_all, reworded
+from neutral.exporters.wiring import behind_moved_images
 from neutral.framework import Framework
 from neutral.journey import Asked, Journey
 from neutral.match import Pairing, Side, differing_settings, idle_patterns, pair_layers
@@ -61,7 +62,8 @@ def fill_template(
     sources = {layer.path: layer for layer in contents.layers}
     partner = {pair.target: sources[pair.source] for pair in pairing.pairs}
     told = (tells_wiring(contents.source.settings), tells_wiring(template.metadata))
-    ends = _Ends(contents, template, origin, convention, alike, told)
+    moved = (frozenset(behind_moved_images(contents.graph)), frozenset(behind_moved_images(template.graph)))
+    ends = _Ends(contents, template, origin, convention, alike, told, moved)
     for item, layers in known:
         _fill_layer(ends, item, layers, partner, asked.cast, journey)
     _compare_surroundings(contents, template, pairing, origin, convention, journey)
@@ -106,6 +108,8 @@ class _Ends:
     convention: Convention
     alike: bool
     told: tuple[bool, bool]
+    moved: tuple[frozenset[str], frozenset[str]]
+    """The layers of each that take an image in an order of its own."""
 
     @property
     def wired(self) -> bool:
@@ -161,7 +165,9 @@ def _fill_layer(
             journey.problems += problems
             journey.warnings += remarks
             goal_told = native.path in ends.template.splits or goal.path in ends.template.splits
-            ready.append(reconciled(layer, goal, origin, convention, ends.told, goal_told, source_told(contents)))
+            own = (ends.told[0] or layer.path in ends.moved[0], ends.told[1] or goal.path in ends.moved[1])
+            journey.warnings += [*_reordered(ends, layer, goal), *_remarks(ends, layer)]
+            ready.append(reconciled(layer, goal, origin, convention, own, goal_told, source_told(contents)))
             if not goal_told:
                 journey.warnings += flatten_remark(contents, layer, origin, convention)
             if not goal_told and ready[-1].channels and convention.flatten == "channel position":
@@ -246,6 +252,25 @@ def _permuted(contents: Contents, layer: CanonicalLayer) -> list[str]:
     return [
         f"{layer.path}: the source puts channels last before it flattens; the template is taken to flatten with channels first, without a permutation of its own"
     ]
+
+
+def _remarks(ends: _Ends, layer: CanonicalLayer) -> list[str]:
+    """What the source's reader says of the weights of a layer, for a model of another framework."""
+    told = ends.contents.source.settings.get("remarks")
+    said = told.get(layer.path) if isinstance(told, Mapping) and not ends.alike else None
+    return [f"{layer.path}: {printable(said, 200)}"] if isinstance(said, str) else []
+
+
+def _reordered(ends: _Ends, layer: CanonicalLayer, goal: CanonicalLayer) -> list[str]:
+    """What to say of a layer that takes an image in an unusual order, of which the template does not say the same."""
+    if ends.alike or not layer.undecided or layer.path not in ends.moved[0]:
+        return []
+    found = "an image whose axes the source puts in an unusual order before it flattens them"
+    if ends.origin.flatten != ends.convention.flatten:
+        raise Refused(
+            Problem(layer.path, found, "channels and positions in one of two orders", "permute its weights by hand")
+        )
+    return [] if goal.path in ends.moved[1] else [f"{layer.path}: {found}; the template is taken to do the same"]
 
 
 def _turned(path: str, candidates: Sequence[str], binding: Binding) -> list[str]:

@@ -180,6 +180,7 @@ _KEPT = (
     "strings",
     "provenance",
     "turned",
+    "remarks",
 )
 """What of a reader's metadata the archive keeps, for the writer of the same format, or for what is to be said of it."""
 

@@ -46,10 +46,11 @@ Use = tuple[NodeProto, str]
 
 @dataclass(frozen=True)
 class Call:
-    """Several nodes, the last of which makes what a layer makes of the value `source`."""
+    """Several nodes, the last of which makes what a layer makes of the value `source`, its axes in this `order`."""
 
     source: str
     nodes: tuple[NodeProto, ...]
+    order: tuple[int, ...] = ()
 
 
 @dataclass
@@ -100,7 +101,7 @@ def candidate_of(scope: Scope, node: NodeProto) -> tuple[Candidate, list[Use]] |
     if not fits:
         return None
     if "B" not in found and node.op_type in _BIASED:
-        used += _bias_behind(scope, node, candidate)
+        used += bias_behind(scope, candidate, node)
     candidate.values = [value for _, value in used]
     candidate.folded = folded(node)
     return candidate, used
@@ -264,8 +265,9 @@ def _flat(expression: Expression) -> Expression:
     return expression if expression.shape == (size,) else Reshaped(expression, (size,))
 
 
-def _bias_behind(scope: Scope, node: NodeProto, candidate: Candidate) -> list[Use]:
-    """The bias that an Add behind the operator adds, if it is one: then it is the layer's, and its uses are told."""
+def bias_behind(scope: Scope, candidate: Candidate, node: NodeProto) -> list[Use]:
+    """The bias that an Add behind the operator (or behind `node`) adds, if it is one: then it is the layer's, and its uses
+    are told."""
     added = _added(scope, node)
     if added is None:
         return []

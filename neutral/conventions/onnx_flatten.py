@@ -85,6 +85,8 @@ class Used:
     cls: str
     shape: tuple[int, ...]
     made: int
+    source: str = ""
+    """The value that it takes, if the node at hand is the last of several."""
 
 
 def follow(scope: Scope, layers: Mapping[int, Used], adds: frozenset[int]) -> Crossings:
@@ -98,7 +100,9 @@ def follow(scope: Scope, layers: Mapping[int, Used], adds: frozenset[int]) -> Cr
     for node in scope.graph.nodes:
         ins = [values.get(v, Seen(UNKNOWN)) for v in node.inputs if v and scope.constant(v) is None]
         if id(node) in layers:
-            seen = _through_layer(layers[id(node)], ins[0] if ins else Seen(UNKNOWN), found)
+            source = layers[id(node)].source
+            given = values.get(source, Seen(UNKNOWN)) if source else ins[0] if ins else Seen(UNKNOWN)
+            seen = _through_layer(layers[id(node)], given, found)
         elif id(node) in adds:
             seen = ins[0] if ins else Seen(UNKNOWN)
         elif not ins or not node.outputs:
@@ -208,6 +212,21 @@ def _concat(scope: Scope, node: NodeProto, ins: Sequence[Seen], found: Crossings
     if all(seen.order in (PLAIN, MIXED) for seen in ins):
         return Seen(PLAIN if all(seen.order == PLAIN for seen in ins) else MIXED, None, ins[0].rank)
     found.forget(pending)
+    return Seen(UNKNOWN)
+
+
+def _within_space(scope: Scope, node: NodeProto, ins: Sequence[Seen], found: Crossings) -> Seen:
+    """A Slice of an image that takes all of its channels."""
+    seen = ins[0]
+    axes = scope.numbers(node.inputs[3]) if len(node.inputs) > 3 else node.attributes.get("axes")
+    rank = seen.rank if seen.order == IMAGE else None
+    if rank is None or not isinstance(axes, tuple) or any(type(axis) is not int or axis % rank < 2 for axis in axes):
+        return _other(scope, node, ins, found)
+    return seen
+
+
+def _counted(scope: Scope, node: NodeProto, ins: Sequence[Seen], found: Crossings) -> Seen:
+    """Sizes, which hold no features."""
     return Seen(UNKNOWN)
 
 
@@ -396,7 +415,9 @@ _RULES: dict[str, Rule] = {
         _spatial,
     ),
     **dict.fromkeys(["Add", "Div", "Max", "Mean", "Min", "Mod", "Mul", "Pow", "Sub", "Sum", "Where"], _joining),
+    **dict.fromkeys(["Shape", "Size"], _counted),
     "Concat": _concat,
+    "Slice": _within_space,
     "Flatten": _flatten,
     "Reshape": _reshape,
     "Transpose": _transpose,

@@ -3,6 +3,8 @@
 x -> Reshape (0, groups, -1) -> InstanceNormalization of ones -> Reshape back -> Mul -> Add      a group norm
 d = x - mean(x);  d / sqrt(mean(d * d) + eps) -> Mul -> Add                                      a layer norm
 x / sqrt(mean(x * x) + eps) -> Mul                                                               an RMS norm
+
+As TensorFlow has them, with m = scale / sqrt(v + eps):  x * m + (bias - mean(x) * m), v = mean((x - mean(x))^2);  x * m
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from neutral.conventions.onnx_ranks import rank_of
 from neutral.conventions.onnx_scope import Scope
 
 _LONGEST = 1 << 16
+_MEANS = ("ReduceMean", "GlobalAveragePool")
 _SILENT = ("Cast", "CastLike", "Identity")
 
 
@@ -28,7 +31,9 @@ def idiom_of(scope: Scope, node: NodeProto) -> tuple[Candidate, list[Use]] | Non
         return None
     if node.op_type == "InstanceNormalization":
         return _group_norm(scope, node)
-    return _last_axes_norm(scope, node) if node.op_type == "Mul" else None
+    if node.op_type == "Mul":
+        return _last_axes_norm(scope, node) or _scaled_first(scope, node)
+    return _moved_first(scope, node) if node.op_type == "Add" else None
 
 
 def _made_by(scope: Scope, value: str, *ops: str) -> NodeProto | None:
@@ -215,7 +220,7 @@ def _mean_of_squares(scope: Scope, value: str, x: str, nodes: list[NodeProto]) -
     if adds is None or len(adds.inputs) != 2:
         return None
     for mean, other in (adds.inputs, adds.inputs[::-1]):
-        eps, reduced = _scalar(scope, other), _made_by(scope, mean, "ReduceMean")
+        eps, reduced = _scalar(scope, other), _made_by(scope, mean, *_MEANS)
         axes = _mean_axes(scope, reduced)
         square = _made_by(scope, reduced.inputs[0], "Pow", "Mul") if reduced is not None else None
         if eps is None or reduced is None or axes is None or square is None or len(square.inputs) != 2:
@@ -233,6 +238,9 @@ def _mean_axes(scope: Scope, reduced: NodeProto | None) -> tuple[int, ...] | Non
     """The axes of a mean that keeps them."""
     if reduced is None or reduced.attributes.get("keepdims", 1) != 1:
         return None
+    if reduced.op_type == "GlobalAveragePool":
+        rank = rank_of(scope, reduced.inputs[0])
+        return None if rank is None else tuple(range(2, rank))
     if len(reduced.inputs) > 1 and reduced.inputs[1]:
         found: Any = scope.numbers(reduced.inputs[1])
     else:
@@ -248,6 +256,121 @@ def _centred(scope: Scope, scaled: _Scaled) -> tuple[str, tuple[NodeProto, ...]]
     if minus is None or mean is None or mean.inputs[0] != minus.inputs[0] or _mean_axes(scope, mean) != scaled.axes:
         return None
     return minus.inputs[0], (mean, minus)
+
+
+# --- the same as TensorFlow computes them: the scale and the root first ---
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """scale / sqrt(mean(square of `squared`) + eps) over some last axes."""
+
+    scale: Expression
+    use: Use
+    squared: str
+    axes: tuple[int, ...]
+    epsilon: float
+    nodes: tuple[NodeProto, ...]
+
+
+def _factor(scope: Scope, value: str) -> _Factor | None:
+    product = _made_by(scope, value, "Mul")
+    found = _weighed(scope, product) if product is not None else None
+    if product is None or found is None:
+        return None
+    root, weight, scale = found
+    nodes: list[NodeProto] = [product]
+    inner = _root(scope, root, True, nodes)
+    adds = _made_by(scope, inner, "Add") if inner is not None else None
+    squares = [
+        _made_by(scope, mean.inputs[0], "Pow", "Mul")
+        for value in (adds.inputs if adds is not None else ())
+        if (mean := _made_by(scope, value, *_MEANS)) is not None
+    ]
+    square = squares[0] if len(squares) == 1 else None
+    told = _mean_of_squares(scope, inner, square.inputs[0], nodes) if inner and square is not None else None
+    if told is None or square is None:
+        return None
+    rank = rank_of(scope, square.inputs[0])
+    axes = tuple(sorted(axis - rank if axis >= 0 and rank is not None else axis for axis in told[0]))
+    bare = _over(scale, axes)
+    if bare is None:
+        return None
+    return _Factor(bare, (product, weight), square.inputs[0], axes, told[1], (*reversed(nodes),))
+
+
+def _over(weight: Expression, axes: Sequence[int]) -> Expression | None:
+    """A weight over just these last axes: axes of one element in front of them are left out."""
+    rank = len(axes)
+    front, shape = weight.shape[: len(weight.shape) - rank], weight.shape[len(weight.shape) - rank :]
+    if not rank or tuple(axes) != tuple(range(-rank, 0)) or len(shape) != rank or any(n != 1 for n in front):
+        return None
+    return Reshaped(weight, shape) if front else weight
+
+
+def _scaled_first(scope: Scope, node: NodeProto) -> tuple[Candidate, list[Use]] | None:
+    """An RMS norm: x times its factor."""
+    if len(node.inputs) != 2:
+        return None
+    for x, other in (node.inputs, node.inputs[::-1]):
+        factor = _factor(scope, other)
+        if factor is not None and factor.squared == x:
+            config: dict[str, Any] = {"axis": factor.axes[0], "epsilon": factor.epsilon}
+            nodes = [*factor.nodes, node]
+            return _candidate("RMSNormalization", {"scale": factor.scale}, config, nodes, x, [factor.use])
+    return None
+
+
+def _moved_first(scope: Scope, node: NodeProto) -> tuple[Candidate, list[Use]] | None:
+    """A layer norm: x times its factor, and what is left of the bias."""
+    if len(node.inputs) != 2:
+        return None
+    for scaled, other in (node.inputs, node.inputs[::-1]):
+        times, rest = _made_by(scope, scaled, "Mul"), _made_by(scope, other, "Add", "Sub")
+        if times is None or rest is None or len(times.inputs) != 2:
+            continue
+        for x, multiplier in (times.inputs, times.inputs[::-1]):
+            factor = _factor(scope, multiplier)
+            left = _rest(scope, rest, x, multiplier, factor) if factor is not None else None
+            if factor is None or left is None:
+                continue
+            bias, use, inner = left
+            config: dict[str, Any] = {"axis": factor.axes[0], "epsilon": factor.epsilon}
+            expressions = {"scale": factor.scale, "B": bias}
+            nodes = [*factor.nodes, *inner, times, node]
+            return _candidate("LayerNormalization", expressions, config, nodes, x, [factor.use, use])
+    return None
+
+
+def _rest(
+    scope: Scope, node: NodeProto, x: str, multiplier: str, factor: _Factor
+) -> tuple[Expression, Use, tuple[NodeProto, ...]] | None:
+    """bias - mean(x) * factor, written as a difference or with a Neg; and that it is the same x whose variance is in it."""
+    found = _weighed(scope, node)
+    moved = _made_by(scope, found[0], "Mul") if found is not None else None
+    if found is None or moved is None or len(moved.inputs) != 2 or multiplier not in moved.inputs:
+        return None
+    if node.op_type == "Sub" and node.inputs[1] != found[0]:
+        return None
+    mean = moved.inputs[1] if moved.inputs[0] == multiplier else moved.inputs[0]
+    negated = _made_by(scope, mean, "Neg")
+    if (negated is not None) != (node.op_type == "Add"):
+        return None
+    mean = mean if negated is None else negated.inputs[0]
+    minus = _made_by(scope, factor.squared, "Sub")
+    reduced = _made_by(scope, mean, *_MEANS)
+    bias = _over(found[2], factor.axes)
+    axes = _mean_axes(scope, reduced)
+    rank = rank_of(scope, x)
+    alike = axes is not None and factor.axes == tuple(
+        sorted(axis - rank if axis >= 0 and rank is not None else axis for axis in axes)
+    )
+    if bias is None or minus is None or reduced is None or tuple(minus.inputs) != (x, mean) or not alike:
+        return None
+    if reduced.inputs[0] != x or bias.shape != factor.scale.shape:
+        return None
+    inner = [one for one in (reduced, minus, negated, moved, node) if one is not None]
+    return bias, (node, found[1]), tuple(inner)
 
 
 def _candidate(

@@ -22,8 +22,10 @@ from neutral.conventions.onnx import RECURRENT, refusal
 from neutral.conventions.onnx_candidates import Call, Candidate, candidate_of, made_by, turn
 from neutral.conventions.onnx_flatten import Crossings, Used, follow
 from neutral.conventions.onnx_idioms import idiom_of
-from neutral.conventions.onnx_names import anonymous, common_stem, module_of
+from neutral.conventions.onnx_names import OPERATIONS, anonymous, common_stem, module_of
 from neutral.conventions.onnx_scope import Scope, subgraphs
+from neutral.conventions.onnx_sizes import sizes_of
+from neutral.conventions.onnx_wrapped import wrapped
 from neutral.errors import Problem, Unsupported, raise_all
 from neutral.native import Tensor
 
@@ -40,6 +42,7 @@ _FOLDED = {
     "folded": "a batch normalization was computed into its weights",
     "computed": "the exporter computed its weights, and does not say of what (a batch normalization may be in them)",
 }
+_TRAINING = "exported in training mode; it takes the statistics of its input, not those that are stored"
 _INITIAL_STATES = (5, 6)
 _LARGEST_STATE = 1 << 24
 
@@ -86,6 +89,8 @@ class FoundLayers:
     turned: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Layers that stand where the graph has an image with its channels last as one axis: these axes of them, and their
     channels. Their views have the channels first."""
+    remarks: Mapping[str, str] = field(default_factory=dict)
+    """What is to be said of layers whose weights another model may not compute the same with."""
 
 
 def layers_of(model: ModelProto, where: str) -> FoundLayers:
@@ -93,6 +98,7 @@ def layers_of(model: ModelProto, where: str) -> FoundLayers:
     names = {tensor.span.at: name for name, tensor in named_tensors(model).items()}
     finder = _Finder(model.opset, names)
     scope = Scope(model.graph, model.opset, names)
+    scope.learn(sizes_of(scope))
     finder.graph(scope)
     for function in model.functions:
         body = GraphProto(function.name, function.nodes)
@@ -112,6 +118,7 @@ def layers_of(model: ModelProto, where: str) -> FoundLayers:
             paths[number]: {axis: crossings.splits[number][axis] for axis in sorted(axes)}
             for number, axes in crossings.turned.items()
         },
+        finder.remarks,
     )
 
 
@@ -135,6 +142,7 @@ class _Finder:
         self.candidates: list[Candidate] = []
         self.loose: list[tuple[Leaf, NodeProto | None]] = []
         self.notes: list[str] = []
+        self.remarks: dict[str, str] = {}
         self._used: set[str] = set()
         self._shared: dict[Any, Candidate] = {}
 
@@ -143,7 +151,7 @@ class _Finder:
         for node in scope.graph.nodes:
             if (id(node), "") in claimed:
                 continue
-            found = idiom_of(scope, node) or candidate_of(scope, node)
+            found = idiom_of(scope, node) or wrapped(scope, node) or candidate_of(scope, node)
             if found is not None:
                 candidate, used = found
                 claimed |= {(id(user), value) for user, value in used}
@@ -197,13 +205,23 @@ class _Finder:
         """Which layers cross a Flatten, by their numbers."""
         used: dict[int, Used] = {}
         adds: set[int] = set()
+        for candidate in self.candidates:
+            for call in candidate.calls:
+                own = {id(node) for node in call.nodes}
+                # What happens inside is not followed, unless others take part in it.
+                adds |= {
+                    id(node)
+                    for node in call.nodes[:-1]
+                    if all(id(user) in own for value in node.outputs for user in scope.users.get(value, ()))
+                }
         for number, candidate in enumerate(self.candidates):
             first = next(iter(candidate.expressions.values()))
             made = made_by(candidate, first)[0]
-            ends = {id(call.nodes[-1]) for call in candidate.calls}
+            ends = {id(call.nodes[-1]): call for call in candidate.calls}
             for node in candidate.nodes:
                 if id(node) in ends or (not ends and node.op_type == candidate.cls):
-                    used[id(node)] = Used(number, str(candidate.cls), first.shape, made)
+                    source = ends[id(node)].source if ends else ""
+                    used[id(node)] = Used(number, str(candidate.cls), first.shape, made, source)
                 else:
                     adds.add(id(node))
         return follow(scope, used, frozenset(adds))
@@ -219,7 +237,10 @@ class _Finder:
                 name = _unique(_tensor_name(expression, path, local, seen), seen)
                 views[local] = View(name, expression, candidate.factors.get(local, 1.0))
             if candidate.folded:
-                self.notes.append(f"{path}: {_FOLDED[candidate.folded]}; they are not the layer's own")
+                self.remarks[path] = f"{_FOLDED[candidate.folded]}; they are not the layer's own"
+            if candidate.cls == "BatchNormalization" and candidate.config.get("training_mode"):
+                self.remarks[path] = _TRAINING
+            self.notes += [f"{path}: {self.remarks[path]}"] if path in self.remarks else []
             why = refusal(str(candidate.cls), candidate.config) or candidate.config.get("odd", "")
             if "P" in views:
                 why = "; ".join(part for part in (why, "peepholes") if part)
@@ -341,13 +362,18 @@ def _wanted_path(candidate: Candidate) -> str:
     module = module_of(node)
     path = own or module
     # Weights that are tied have the name of another layer.
-    if own and module and not candidate.folded and not (own == module or own.startswith(f"{module}.")):
+    if own and module and not candidate.folded and not _within(own, module):
         path = module
     if not path:
         path = node.name or next((name for name in node.outputs if name), candidate.cls or "layer")
         path = path.lstrip("/") or candidate.cls or "layer"
     # Folded weights must not pass for those of the layer that had the name.
     return f"{path}_{candidate.folded}" if candidate.folded else path
+
+
+def _within(own: str, module: str) -> bool:
+    """True if a name is that of a module or of a part of it; TensorFlow names some of a layer's own operations, too."""
+    return own == module or own.startswith(f"{module}.") or module in {f"{own}.{part}" for part in OPERATIONS}
 
 
 def _tensor_name(expression: Expression, path: str, local: str, seen: set[str]) -> str:

@@ -17,6 +17,10 @@ _NAMESPACE = "namespace"
 _RULE = "pkg.onnxscript.rewriter.rule_name"
 _ANONYMOUS = re.compile(r"onnx::\w+|val_\d+|_?v?_?\d+|/.*|.*_output_\d+|.*const_fold_opt__?\d+.*|Constant.*|")
 _TENSORFLOW = re.compile(r"(.+)/[^/]+/ReadVariableOp(?:_\d+)?(?::\d+)?|(.+)/[^/]+:\d+")
+OPERATIONS = ("Tensordot", "conv_transpose", "convolution", "depthwise", "moments")
+"""What TensorFlow calls operations inside of a layer."""
+_MERGED = re.compile(r".*/merged_input(?::\d+)?")
+_FUSED = re.compile(r".*_weights_fused_bn(?::\d+)?")
 _CALLS = ("StatefulPartitionedCall", "PartitionedCall")
 
 
@@ -32,7 +36,8 @@ def stem(name: str) -> str:
     if "/" in name:
         match = _TENSORFLOW.fullmatch(name)
         found = (match[1] or match[2]) if match else name.rpartition("/")[0]
-        return ".".join(part for part in found.split("/") if part and part not in _CALLS)
+        parts = [part for part in found.split("/") if part and part not in _CALLS]
+        return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] in OPERATIONS else parts)
     return name.rpartition(".")[0]
 
 
@@ -77,6 +82,11 @@ def folded(node: NodeProto) -> str:
     inside = any("BatchNorm" in kind for _, kind in namespace(node)[-2:-1])
     if inside or "BatchNorm" in node.metadata.get(_RULE, ""):
         return "folded"
+    # tf2onnx names the weights of a convolution into which it computed a norm; TensorFlow those it multiplied by something.
+    if any(_FUSED.fullmatch(name) for name in node.inputs[1:2]):
+        return "folded"
+    if any(_MERGED.fullmatch(name) for name in node.inputs[1:2]):
+        return "computed"
     # The older exporter of torch keeps the names of parameters, and numbers what it has computed.
     computed = node.op_type.startswith("Conv") and any(name.startswith("onnx::Conv") for name in node.inputs[1:2])
     return "computed" if computed else ""

@@ -50,6 +50,10 @@ class Scope:
                 if value:
                     self.users.setdefault(value, []).append(node)
 
+    def learn(self, shapes: Mapping[str, Numbers]) -> None:
+        """Shapes of values of which the file says none."""
+        self._shapes |= {value: shape for value, shape in shapes.items() if value not in self._shapes}
+
     def name_of(self, tensor: TensorProto) -> str:
         return self.names[tensor.span.at]
 
@@ -232,6 +236,8 @@ class Scope:
         node = self.makers.get(value)
         if node is None or node.domain or not node.inputs:
             return False
+        if node.op_type == "Concat":
+            return all(self.zero(part, depth + 1) for part in node.inputs)
         if node.op_type == "ConstantOfShape":
             held = node.attributes.get("value")
             data = held.data if isinstance(held, TensorProto) else None

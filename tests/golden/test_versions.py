@@ -117,7 +117,7 @@ def files() -> list[str]:
     )
 
 
-OTHERS = ("transformers", "safetensors")
+OTHERS = ("transformers", "safetensors", "tf2onnx")
 
 
 def opened(name: str, folder: Path) -> Path:

@@ -396,3 +396,24 @@ def test_a_kernel_that_another_layer_takes_transposed(name: str, tmp_path: Path)
     with neutral.export_model(out, tmp_path / "x.nwt", kinds=kinds) as archive:
         found = sorted(archive.tensor(tensor).read().tobytes() for tensor in archive.names())
     assert found == sorted([kernel.tobytes(), kernel.T.tobytes()])
+
+
+class _Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 3, num_layers=2, bidirectional=True, batch_first=True)
+        self.gru = nn.GRU(6, 5, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.gru(self.lstm(x)[0])[0]
+        return out
+
+
+@pytest.mark.parametrize("opset", [9, 13])
+def test_first_states_that_the_older_exporter_stored_as_zeros(opset: int, tmp_path: Path) -> None:
+    """It writes those of one sequence, and an Expand to the batch."""
+    module, x = m.randomized(_Tagger(), 3).eval(), R(2, 5, 4)
+    torch.onnx.export(module, (torch.from_numpy(x),), str(tmp_path / "old.onnx"), dynamo=False, opset_version=opset)
+    neutral.convert(tmp_path / "old.onnx", tmp_path / "new.onnx")
+    with torch.no_grad():
+        assert np.abs(run_onnx(tmp_path / "new.onnx", x)[0] - module(torch.from_numpy(x)).numpy()).max() < 1e-5
