@@ -14,6 +14,7 @@ from neutral.archive import Contents
 from neutral.canon import Binding, Known, bind, native_tensors, read_layers, recognise
 from neutral.canonical import CanonicalLayer
 from neutral.conventions.forms import Convention, Form, same_family
+from neutral.directions import directed
 from neutral.doubts import (
     as_known,
     flatten_remark,
@@ -47,10 +48,12 @@ def fill_template(
     if not alike:
         raise_all(Refused, unnamed_problem(theirs, framework, template=True))
         raise_all(Refused, [] if framework.canonical else unnamed_problem(contents.layers, source))
+    layers, mapping = directed(contents.layers, [layer.path for layer in theirs], asked.mapping or {})
+    contents = replace(contents, layers=layers)
     pairing = pair_layers(
         Side(contents.layers, is_chain(contents.ordered, contents.source.settings, source), contents.graph),
         Side(theirs, is_chain(template.ordered, template.metadata, framework), template.graph),
-        mapping=asked.mapping,
+        mapping=mapping,
         allow_unused=asked.allow_unused,
         allow_missing=asked.allow_missing,
         alike=alike,
@@ -175,7 +178,7 @@ def _fill_layer(
             if ready[-1].channels and (layer.undecided or goal.undecided) and origin.flatten != convention.flatten:
                 whose, which = ("source", origin) if layer.undecided else ("template", convention)
                 journey.warnings.append(
-                    f"{layer.path}: the {whose} does not say how it flattens; taken to be as {which.framework} does by itself, ({which.flatten})"
+                    f"{layer.path}: the {whose} does not say how it flattens; taken to be as {which.framework} does by itself ({which.flatten})"
                 )
     except NeutralError as error:
         journey.problems += [

@@ -16,6 +16,7 @@ from typing import Any
 
 from neutral.canon import compatible
 from neutral.canonical import CanonicalLayer
+from neutral.directions import has_directions
 from neutral.errors import Problem, Refused, an, named, raise_all
 from neutral.schema.graph import Graph
 from neutral.schema.kinds import HARD_SIGMOIDS, KINDS
@@ -110,11 +111,12 @@ def idle_patterns(flag: str, patterns: Sequence[str], layers: Iterable[Canonical
 def _left_over(path: str, layer: CanonicalLayer, others: Any, mine: str, theirs: str, flag: str) -> Problem:
     near = [other.path for other in others if not conflicts(layer, other)]
     candidates = f"; candidates: {', '.join(near[:8])}" if near else ""
+    apart = f" (its directions apart, as {path}:forward and {path}:backward)" if has_directions(layer) else ""
     return Problem(
         path,
         f"{an(_described(layer))} of the {mine} without a partner",
         f"exactly one in the {theirs}{candidates}",
-        f"pair it in a --map file, or pass {flag} '{path}'",
+        f"pair it in a --map file{apart}, or pass {flag} '{path}'",
     )
 
 
