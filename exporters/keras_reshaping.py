@@ -70,7 +70,9 @@ def reshape(b: Builder, call: Call) -> list[Flow]:
     wanted = tuple(-1 if n is None else n for n in shape[1:])
     if len(shape) == 2 and flow.rank > 2:
         return [_to_vector(b, call.path, flow, "Reshape", {"shape": wanted})]
-    if flow.rank == 2 and len(shape) in (4, 5) and shape[-1] is not None:
+    key, line = f"reshape:{call.path}", flow.rank == 2 and len(shape) == 3
+    spatial = len(shape) in (4, 5) or (line and b.decisions.natures.get(key) == "spatial")
+    if flow.rank == 2 and spatial and shape[-1] is not None:
         positions, channels = known_product(shape[1:-1]), shape[-1]
         if flow.channels == channels or 1 in (positions, channels):
             flow = flow if flow.channels == channels else b.ordered(flow)
@@ -79,7 +81,8 @@ def reshape(b: Builder, call: Call) -> list[Flow]:
         if not flow.channels and not flow.fixed and not flow.origins & b.decisions.denied:
             b.decisions.order(flow.origins, channels)
     flow = b.as_is(flow)
-    return [b.emit(call.path, "Reshape", [flow], Flow("", shape, dtype=flow.dtype), {"shape": wanted})]
+    result = Flow("", shape, pending=key if line and key not in b.decisions.natures else None, dtype=flow.dtype)
+    return [b.emit(call.path, "Reshape", [flow], result, {"shape": wanted})]
 
 
 def permute(b: Builder, call: Call) -> list[Flow]:
