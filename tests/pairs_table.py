@@ -34,7 +34,7 @@ the framework above, and that framework computed the same inputs. A layer kind i
 | ○ | refused, with the reason below |
 | · | one of the two has no such layer |
 
-*k*: files of weights alone do not say the kind, and were told (`--kind`, in most cases). *f*: the channels in front of a Flatten
+*k*: files of weights alone do not say the kind, and were told (`--kind`, `--into-kind`). *f*: the channels in front of a Flatten
 were told (`--flatten`). *m*: which layers of a stack are which was told (`--map`).
 A file of the whole model, or a template, needs neither. Wrong: {wrong}.
 
@@ -50,7 +50,7 @@ WORDS = {
 }
 """Reasons as a reader of the table needs them, by the beginning of what the refusal says."""
 
-TOLD = {"kinds": "k", "flatten": "f", "mapping": "m"}
+TOLD = {"kinds": "k", "into_kinds": "k", "flatten": "f", "mapping": "m"}
 
 
 class Notes:
@@ -77,11 +77,12 @@ def cell(found: Found, title: str, pair: str, notes: Notes) -> str:
         return "·"
     words = [status.split(",")[0].split(":")[0] for status in statuses]
     mark = MARKS[max(words, key=list(MARKS).index)]
-    told = "".join(
+    signs = (
         sign
         for name, sign in TOLD.items()
         if any(f"told {name}" in s or f"and {name}" in s for s in statuses if s[0] in "ec")
     )
+    told = "".join(dict.fromkeys(signs))
     numbers = sorted({notes.number(s.partition(": ")[2]) for s in statuses if s.startswith(("refused", "wrong"))})
     return mark + "".join(f"<sup>{one}</sup>" for one in (*([told] if told else []), *numbers))
 
