@@ -43,6 +43,8 @@ _FOLDED = {
     "computed": "the exporter computed its weights, and does not say of what (a batch normalization may be in them)",
 }
 _TRAINING = "exported in training mode; it takes the statistics of its input, not those that are stored"
+_LENGTHS = "its sequences end at the lengths that the graph gives it (sequence_lens); the other model must be wired to do the same"
+_SEQUENCE_LENS = 4
 _INITIAL_STATES = (5, 6)
 _LARGEST_STATE = 1 << 24
 
@@ -236,11 +238,9 @@ class _Finder:
             for local, expression in candidate.expressions.items():
                 name = _unique(_tensor_name(expression, path, local, seen), seen)
                 views[local] = View(name, expression, candidate.factors.get(local, 1.0))
-            if candidate.folded:
-                self.remarks[path] = f"{_FOLDED[candidate.folded]}; they are not the layer's own"
-            if candidate.cls == "BatchNormalization" and candidate.config.get("training_mode"):
-                self.remarks[path] = _TRAINING
-            self.notes += [f"{path}: {self.remarks[path]}"] if path in self.remarks else []
+            if remark := _remark(candidate):
+                self.remarks[path] = remark
+                self.notes.append(f"{path}: {remark}")
             why = refusal(str(candidate.cls), candidate.config) or candidate.config.get("odd", "")
             if "P" in views:
                 why = "; ".join(part for part in (why, "peepholes") if part)
@@ -328,6 +328,18 @@ def _is_weight(leaf: Leaf, node: NodeProto | None, place: int, starts: bool) -> 
     if size == 1:
         return "." in leaf.name and not anonymous(leaf.name) and "/" not in leaf.name
     return size > 1
+
+
+def _remark(candidate: Candidate) -> str:
+    """What must be known of a layer's weights before another model computes with them."""
+    if candidate.folded:
+        return f"{_FOLDED[candidate.folded]}; they are not the layer's own"
+    if candidate.cls == "BatchNormalization" and candidate.config.get("training_mode"):
+        return _TRAINING
+    ended = any(
+        node.op_type in RECURRENT and any(node.inputs[_SEQUENCE_LENS : _SEQUENCE_LENS + 1]) for node in candidate.nodes
+    )
+    return _LENGTHS if ended else ""
 
 
 def _paths(candidates: list[Candidate]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Models whose weights are stored narrower than they compute, and norms that were exported in training mode."""
+"""Models whose weights are stored narrower than they compute; norms in training mode and sequences of given lengths."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
@@ -18,13 +19,19 @@ def random(*shape: int) -> np.ndarray:
 
 
 def saved(
-    path: Path, nodes: list[onnx.NodeProto], stored: dict[str, np.ndarray], x: tuple[int, list[int]], shape: list[int]
+    path: Path,
+    nodes: list[onnx.NodeProto],
+    stored: dict[str, np.ndarray],
+    x: tuple[int, list[int]],
+    shape: list[int],
+    lengths: str = "",
 ) -> Path:
-    given = helper.make_tensor_value_info("x", *x)
+    given = [helper.make_tensor_value_info("x", *x)]
+    given += [helper.make_tensor_value_info(lengths, TensorProto.INT32, [x[1][1]])] if lengths else []
     made = helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)
     tensors = [numpy_helper.from_array(array, name) for name, array in stored.items()]
     model = helper.make_model(
-        helper.make_graph(nodes, "model", [given], [made], tensors), opset_imports=[helper.make_opsetid("", 17)]
+        helper.make_graph(nodes, "model", given, [made], tensors), opset_imports=[helper.make_opsetid("", 17)]
     )
     model.ir_version = 9
     onnx.save(model, path)
@@ -66,3 +73,14 @@ def test_a_norm_in_training_mode_is_told(tmp_path: Path) -> None:
     done = neutral.convert(source, into=module)
     assert any("norm: exported in training mode" in each for each in done.warnings)
     np.testing.assert_array_equal(module.norm.running_var.numpy(), stored["norm.running_var"])
+
+
+@pytest.mark.parametrize("lengths", ["", "lengths"])
+def test_sequences_of_given_lengths_are_told(lengths: str, tmp_path: Path) -> None:
+    lstm = helper.make_node("LSTM", ["x", "rnn.W", "rnn.R", "rnn.B", lengths], ["y"], hidden_size=4)
+    stored = {"rnn.W": random(1, 16, 3), "rnn.R": random(1, 16, 4), "rnn.B": random(1, 32)}
+    source = saved(tmp_path / "source.onnx", [lstm], stored, (TensorProto.FLOAT, [5, 2, 3]), [5, 1, 2, 4], lengths)
+    module = torch.nn.Sequential()
+    module.add_module("rnn", torch.nn.LSTM(3, 4))
+    done = neutral.convert(source, into=module)
+    assert any("sequence_lens" in each for each in done.warnings) == bool(lengths)
