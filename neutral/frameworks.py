@@ -126,9 +126,9 @@ def _holds_archive(probe: Probe) -> bool:
 def _unknown(probe: Probe) -> BadFile:
     where = str(probe.path)
     if probe.is_folder:
-        prefixes = [str(probe.path / prefix) for prefix in _prefixes(probe.path)]
+        inside = [str(probe.path / name) for name in _prefixes(probe.path) or _folders(probe.path)]
         expected = "a folder of a format that `neutral formats` lists"
-        return BadFile(Problem(where, "a folder", expected, f"name {' or '.join(prefixes) or 'the file itself'}"))
+        return BadFile(Problem(where, "a folder", expected, f"name {' or '.join(inside) or 'the file itself'}"))
     if probe.container == "zip":
         shown = ", ".join(printable(name, 40) for name in probe.members[:4])
         expected = "a zip of a format that `neutral formats` lists"
@@ -152,6 +152,11 @@ def _prefixes(folder: Path) -> list[str]:
     ends = tuple(end for form in bare for end in form.beside)
     found = (path.name for path in islice(folder.iterdir(), _MOST_LOOKED_AT) if path.name.endswith(ends))
     return sorted(name.removesuffix(end) for name in islice(found, 4) for end in ends if name.endswith(end))
+
+
+def _folders(folder: Path) -> list[str]:
+    """The folders in a folder: the first few."""
+    return sorted(path.name for path in islice(folder.iterdir(), _MOST_LOOKED_AT) if path.is_dir())[:4]
 
 
 def writer_of(out: Path, to: str | None) -> Framework:

@@ -215,6 +215,8 @@ def _place(layer: CanonicalLayer) -> frozenset[str]:
 def _advice(source: CanonicalLayer, target: CanonicalLayer) -> str:
     if source.kind == target.kind == "unknown":
         return f"say with --kind '{source.path}=KIND' what it is"
+    if "attention" in (source.kind, target.kind) and source.kind != target.kind:
+        return "use a model that has the attention as one layer, too: no map pairs its projections"
     return "pair the layers in a --map file"
 
 

@@ -294,7 +294,7 @@ def norm_of_several_axes(folder: Path, shape: list[int]) -> None:
     for wrong in ("[7, 7]", "7"):
         told = {"0": f"layer_norm(normalized_shape={wrong})"}
         refused("0", partial(neutral.convert, saved, into=theirs, kinds=told, mapping=mapping))
-    refused("0", lambda: neutral.convert(saved, into=theirs, mapping=mapping))
+    refused("layer_norm(normalized_shape=", lambda: neutral.convert(saved, into=theirs, mapping=mapping))
 
 
 def check_layer_norms_of_several_axes(folder: Path) -> None:

@@ -68,3 +68,11 @@ def test_a_package_of_aotinductor_is_compiled_code(tmp_path: Path) -> None:
             package.writestr(f"model/{name}", "pt2")
     with pytest.raises(Unsupported, match=r"AOTInductor, which is compiled code.* torch\.export\.save"):
         detect(tmp_path / "model.pt2")
+
+
+def test_a_folder_of_models_says_which_there_are(tmp_path: Path) -> None:
+    for name in ("unet", "vae"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(BadFile, match=r"name .*unet or .*vae"):
+        detect(tmp_path)

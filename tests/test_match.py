@@ -93,6 +93,7 @@ def test_a_group_of_another_size_is_refused() -> None:
 def test_equal_names_of_layers_that_cannot_be_equal_are_refused() -> None:
     assert "equal names but kernel (3, 2) against (3, 4)" in refusal([layer("a")], [layer("a", kernel=(3, 4))])
     assert "a dense against a bilinear" in refusal([layer("a")], [layer("a", "bilinear", kernel=(3, 2, 2))])
+    assert "no map pairs its projections" in refusal([layer("a")], [layer("a", "attention", query_kernel=(3, 2))])
 
 
 def test_every_layer_is_accounted_for() -> None:
