@@ -13,7 +13,7 @@ from typing import Any
 from neutral.archive import Contents
 from neutral.canon import Binding, Known, bind, native_tensors, read_layers, recognise
 from neutral.canonical import CanonicalLayer
-from neutral.conventions.forms import Convention, Form, same_family
+from neutral.conventions.forms import Convention, same_family
 from neutral.directions import directed
 from neutral.doubts import (
     as_known,
@@ -115,6 +115,11 @@ class _Ends:
     """The layers of each that take an image in an order of its own."""
 
     @property
+    def advice(self) -> Mapping[str, str]:
+        """What either framework says of settings that differ from all others'."""
+        return {**self.origin.advice, **self.convention.advice}
+
+    @property
     def wired(self) -> bool:
         return self.contents.graph is not None and self.template.graph is not None
 
@@ -127,8 +132,6 @@ def _fill_layer(
     cast: bool,
     journey: Journey,
 ) -> None:
-    contents, origin, convention, alike = ends.contents, ends.origin, ends.convention, ends.alike
-    advice = {**origin.advice, **convention.advice}
     native = item.layer
     wanted = [layer for layer in layers if layer.weights]
     mine = [partner[layer.path] for layer in wanted if layer.path in partner]
@@ -144,53 +147,59 @@ def _fill_layer(
             )
         )
         return
-    binding = item.binding
-    if binding is None and mine[0].kind == "unknown":
-        journey.problems += differing_settings(mine[0], wanted[0], alike, advice=advice)[0]
-        _fill_unknown(native, mine[0], origin, alike, journey)
+    if item.binding is None and mine[0].kind == "unknown":
+        journey.problems += differing_settings(mine[0], wanted[0], ends.alike, advice=ends.advice)[0]
+        _fill_unknown(native, mine[0], ends.origin, ends.alike, journey)
         return
     try:
-        if binding is None:
-            form = stored_form(contents, mine[0]) if alike else None
-            with reworded("--kind", "--into-kind"):
-                binding = _recognised(native, mine[0].kind, convention, form)
-        if not alike:
+        binding = item.binding or _recognised(ends, native, mine[0])
+        if not ends.alike:
             journey.warnings += _turned(native.path, (*item.candidates, *mine[0].candidates), binding)
-        kinds = [bound.part.kind for bound in binding.parts]
-        form = binding.form if alike else None
+        form = binding.form if ends.alike else None
         mine = [
-            as_known(layer, kind, origin, form) if layer.kind == "unknown" else layer
-            for layer, kind in zip(mine, kinds, strict=True)
+            as_known(layer, bound.part.kind, ends.origin, form) if layer.kind == "unknown" else layer
+            for layer, bound in zip(mine, binding.parts, strict=True)
         ]
-        ready = []
-        for layer, goal in zip(mine, layers, strict=True):
-            problems, remarks = differing_settings(layer, _as_bound(goal, binding, native), alike, ends.wired, advice)
-            journey.problems += problems
-            journey.warnings += remarks
-            goal_told = native.path in ends.template.splits or goal.path in ends.template.splits
-            own = (ends.told[0] or layer.path in ends.moved[0], ends.told[1] or goal.path in ends.moved[1])
-            journey.warnings += [*_reordered(ends, layer, goal), *_remarks(ends, layer)]
-            ready.append(reconciled(layer, goal, origin, convention, own, goal_told, source_told(contents)))
-            if not goal_told:
-                journey.warnings += flatten_remark(contents, layer, origin, convention)
-            if not goal_told and ready[-1].channels and convention.flatten == "channel position":
-                journey.warnings += _permuted(contents, layer)
-            if ready[-1].channels and (layer.undecided or goal.undecided) and origin.flatten != convention.flatten:
-                whose, which = ("source", origin) if layer.undecided else ("template", convention)
-                journey.warnings.append(
-                    f"{layer.path}: the {whose} does not say how it flattens; taken to be as {which.framework} does by itself ({which.flatten})"
-                )
+        ready = [_ready(ends, native, binding, layer, goal, journey) for layer, goal in zip(mine, layers, strict=True)]
     except NeutralError as error:
         journey.problems += [
             replace(p, where=p.where if p.where.startswith(native.path) else f"{named(native.path)}: {p.where}")
             for p in error.problems
         ]
         return
-    written = native_tensors(binding, ready, convention, where=native.path, want=native.tensors, cast=cast)
+    written = native_tensors(binding, ready, ends.convention, where=native.path, want=native.tensors, cast=cast)
     journey.take(written)
     for local, tensor in written.tensors.items():
         journey.tensors[native.tensors[local].name] = tensor
     _fill_state(native, mine, journey)
+
+
+def _ready(
+    ends: _Ends,
+    native: NativeLayer,
+    binding: Binding,
+    layer: CanonicalLayer,
+    goal: CanonicalLayer,
+    journey: Journey,
+) -> CanonicalLayer:
+    """A layer of the source with its settings compared with its goal's and its order that of the goal, and what to say of both."""
+    contents, origin, convention = ends.contents, ends.origin, ends.convention
+    problems, remarks = differing_settings(layer, _as_bound(goal, binding, native), ends.alike, ends.wired, ends.advice)
+    journey.problems += problems
+    journey.warnings += [*remarks, *_reordered(ends, layer, goal), *_remarks(ends, layer)]
+    goal_told = native.path in ends.template.splits or goal.path in ends.template.splits
+    own = (ends.told[0] or layer.path in ends.moved[0], ends.told[1] or goal.path in ends.moved[1])
+    ready = reconciled(layer, goal, origin, convention, own, goal_told, source_told(contents))
+    if not goal_told:
+        journey.warnings += flatten_remark(contents, layer, origin, convention)
+    if not goal_told and ready.channels and convention.flatten == "channel position":
+        journey.warnings += _permuted(contents, layer)
+    if ready.channels and (layer.undecided or goal.undecided) and origin.flatten != convention.flatten:
+        whose, which = ("source", origin) if layer.undecided else ("template", convention)
+        journey.warnings.append(
+            f"{layer.path}: the {whose} does not say how it flattens; taken to be as {which.framework} does by itself ({which.flatten})"
+        )
+    return ready
 
 
 def _as_bound(goal: CanonicalLayer, binding: Binding, native: NativeLayer) -> CanonicalLayer:
@@ -239,11 +248,15 @@ def _fill_unknown(
             journey.tensors[goal.name] = tensor.data
 
 
-def _recognised(layer: NativeLayer, kind: str, convention: Convention, form: Form | None) -> Binding:
-    """A layer without class as one of a kind: in the form of its partner of the same family, if it has that."""
+def _recognised(ends: _Ends, layer: NativeLayer, partner: CanonicalLayer) -> Binding:
+    """A layer without class as one of its partner's kind: in its form, if it is of the same family and has that."""
+    form = stored_form(ends.contents, partner) if ends.alike else None
     shapes = {local: tensor.data.shape for local, tensor in layer.tensors.items() if not tensor.state}
     bound = bind(form, shapes) if form is not None else ""
-    found = recognise(layer, convention, kind).binding if isinstance(bound, str) else bound
+    if not isinstance(bound, str):
+        return bound
+    with reworded("--kind", "--into-kind"):
+        found = recognise(layer, ends.convention, partner.kind).binding
     assert found is not None
     return found
 
