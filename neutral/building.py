@@ -172,20 +172,7 @@ def _foreign_model(
     A model that is built whole from its graph needs no decision on a Flatten: the graph says what becomes of it.
     """
     whole = contents.graph is not None and form.whole
-    stored = {part.kind for form in convention.forms for part in form.parts}
-    for layer in contents.layers:
-        if layer.kind not in KINDS.own and layer.kind not in stored:
-            journey.problems.append(
-                Problem(layer.path, an(layer.kind), f"a kind that {framework.name} has", "use another framework")
-            )
-        elif layer.kind == "unknown" and layer.weights:
-            journey.problems.append(_unknown_problem(layer, framework, origin))
-        elif layer.attributes.get("grouping") == "interleaved":
-            found = "a group norm whose groups take every n-th channel"
-            do = origin.advice.get("grouping", "group them so before training")
-            journey.problems.append(Problem(layer.path, found, "channels side by side", do))
-        elif layer.undecided and origin.flatten != convention.flatten and not whole:
-            journey.problems.append(undecided_problem(layer))
+    journey.problems += _obstacles(contents, framework, convention, origin, whole)
     raise_all(Refused, journey.problems)
     targets = framework.targets()
     classes: Mapping[str, tuple[str, Mapping[str, Any]]] = targets.layer_classes(manifest)
@@ -221,6 +208,24 @@ def _foreign_model(
         }
         layers.append(NativeLayer(path, cls, tensors, config, "graph"))
     return NativeModel(framework.name, framework.suffixes[0], tuple(layers), contents.graph, {}, contents.ordered)
+
+
+def _obstacles(
+    contents: Contents, framework: Framework, convention: Convention, origin: Convention, whole: bool
+) -> Iterator[Problem]:
+    """Why layers can be no layers of another framework, as far as no class of it need be asked."""
+    stored = {part.kind for form in convention.forms for part in form.parts}
+    for layer in contents.layers:
+        if layer.kind not in KINDS.own and layer.kind not in stored:
+            yield Problem(layer.path, an(layer.kind), f"a kind that {framework.name} has", "use another framework")
+        elif layer.kind == "unknown" and layer.weights:
+            yield _unknown_problem(layer, framework, origin)
+        elif layer.attributes.get("grouping") == "interleaved":
+            found = "a group norm whose groups take every n-th channel"
+            do = origin.advice.get("grouping", "group them so before training")
+            yield Problem(layer.path, found, "channels side by side", do)
+        elif layer.undecided and origin.flatten != convention.flatten and not whole:
+            yield undecided_problem(layer)
 
 
 def _units(
