@@ -81,6 +81,7 @@ def pair_layers(
     """
     left = {layer.path: layer for layer in source.layers if layer.weights}
     right = {layer.path: layer for layer in target.layers if layer.weights}
+    whole = (dict(left), dict(right))
     pairs: dict[str, Pair] = {}
     problems: list[Problem] = []
     _by_map(left, right, mapping or {}, pairs, problems)
@@ -89,7 +90,7 @@ def pair_layers(
     raise_all(Refused, problems)
     if alike:
         _by_place(left, right, pairs)
-    _by_structure(source, target, left, right, pairs, problems)
+    _by_structure(source, target, left, right, pairs, whole)
     unused = tuple(path for path in left if _matches(path, allow_unused))
     missing = tuple(path for path in right if _matches(path, allow_missing))
     for path in left.keys() - set(unused):
@@ -290,14 +291,29 @@ def _by_structure(
     left: dict[str, CanonicalLayer],
     right: dict[str, CanonicalLayer],
     pairs: dict[str, Pair],
-    problems: list[Problem],
+    whole: tuple[Mapping[str, CanonicalLayer], Mapping[str, CanonicalLayer]],
 ) -> None:
-    """Layers that only one partner can be of; then equal ones in the order of computation, if both sides have one."""
+    """Layers that only one partner can be of; then equal ones in the order of computation, if both sides have one.
+
+    That names have taken all other partners away proves nothing (`fc1 fc2` and `fc2 fc3`): then the order of all must agree.
+    """
     friends = {path: [other for other in right if not conflicts(layer, right[other])] for path, layer in left.items()}
     claims = {other: [path for path in friends if other in friends[path]] for other in right}
+    by_name = {path: pair.target for path, pair in pairs.items() if pair.why.startswith("name")}
+
+    def take(paths: Sequence[str], others: Sequence[str], why: str) -> None:
+        named = {
+            path: other
+            for path, other in by_name.items()
+            if not conflicts(whole[0][path], whole[1][others[0]]) and not conflicts(whole[0][paths[0]], whole[1][other])
+        }
+        together = {**dict(zip(paths, others, strict=True)), **named}
+        if not named or _agree(source, target, together):
+            pairs.update({path: Pair(path, other, why) for path, other in zip(paths, others, strict=True)})
+
     for path, found in friends.items():
         if len(found) == 1 and len(claims[found[0]]) == 1:
-            pairs[path] = Pair(path, found[0], "the only layer of its kind and shapes")
+            take([path], found, "the only layer of its kind and shapes")
     _remove(left, right, pairs)
     groups: dict[tuple[str, ...], list[str]] = {}
     for path in left:
@@ -305,12 +321,18 @@ def _by_structure(
     for others, paths in groups.items():
         rest = [other for other in others if other in right]
         claimed = {path for other in rest for path in claims[other]}
-        if len(rest) != len(paths) or claimed - set(paths):
+        if not rest or len(rest) != len(paths) or claimed - set(paths):
             continue
         if _in_order(source, paths) and _in_order(target, rest):
-            for path, other in zip(paths, rest, strict=True):
-                pairs[path] = Pair(path, other, "order among layers of equal kind and shapes")
+            take(paths, rest, "order among layers of equal kind and shapes")
     _remove(left, right, pairs)
+
+
+def _agree(source: Side, target: Side, pairs: Mapping[str, str]) -> bool:
+    """Whether both sides compute these layers one after the other, in the same order."""
+    ours = [layer.path for layer in source.layers if layer.path in pairs]
+    theirs = [layer.path for layer in target.layers if layer.path in pairs.values()]
+    return [pairs[path] for path in ours] == theirs and _in_order(source, ours) and _in_order(target, theirs)
 
 
 def _in_order(side: Side, paths: Sequence[str]) -> bool:

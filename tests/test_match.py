@@ -96,6 +96,37 @@ def test_equal_names_of_layers_that_cannot_be_equal_are_refused() -> None:
     assert "no map pairs its projections" in refusal([layer("a")], [layer("a", "attention", query_kernel=(3, 2))])
 
 
+def three(*names: str) -> list[CanonicalLayer]:
+    return [layer(name) for name in names]
+
+
+@pytest.mark.parametrize("chain", [False, True])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("fc1 fc2 fc3", "fc0 fc1 fc2"),
+        ("fc1 fc2", "fc2 fc3"),
+        ("enc mid dec", "mid dec fin"),
+        ("a.fc b.fc", "b.fc c.fc"),
+    ],
+)
+def test_names_that_are_off_by_one_prove_nothing_of_the_one_that_is_left(ours: str, theirs: str, chain: bool) -> None:
+    (left,) = set(ours.split()) - set(theirs.split())
+    (right,) = set(theirs.split()) - set(ours.split())
+    message = refusal(three(*ours.split()), three(*theirs.split()), chain)
+    assert f"{left}: found a dense" in message and f"{right}: found a dense" in message
+
+
+def test_one_that_names_leave_over_needs_an_order_that_agrees() -> None:
+    source, target = three("fc1", "fc2", "head"), three("fc1", "fc2", "out")
+    assert pairs(source, target, True) == {"fc1": "fc1", "fc2": "fc2", "head": "out"}
+    assert "head: found a dense" in refusal(source, target)
+    assert pairs(source, target, mapping={"head": "out"}) == {"fc1": "fc1", "fc2": "fc2", "head": "out"}
+    wide = {"kernel": (5, 2)}
+    found = pairs([*source[:2], layer("head", **wide)], [*target[:2], layer("out", **wide)])
+    assert found == {"fc1": "fc1", "fc2": "fc2", "head": "out"}
+
+
 def test_every_layer_is_accounted_for() -> None:
     source, target = [layer("a"), layer("old")], [layer("a"), layer("new", kernel=(9, 2))]
     message = refusal(source, target)

@@ -7,7 +7,7 @@ that a Flatten joins (channel position). What was converted from TensorFlow turn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from neutral.containers.onnx import NodeProto
@@ -26,7 +26,8 @@ class Seen:
     `plain`: no axis of it is a joined image. `image`: channels, then space; `last`: space, then channels. `flat`: an image in
     one axis, (channel position); `turned`: (position channel). `divided`: a plain vector as several axes, `sizes`, which may
     become an image. `mixed`: plain, its axes in another order. `given`: an input of the model; `joined`: such a one in one axis.
-    `channels` are those of the image, `pending` the layers (and their axes) that made the last axis of a plain value.
+    `unknown`: none of these for certain. `channels` are those of the image, `pending` the layers (and their axes) that made the
+    last axis of a plain value. `pixels`: a dense layer took the last axis of an image, whose other axes are still there.
     """
 
     order: str
@@ -34,6 +35,7 @@ class Seen:
     rank: int | None = None
     pending: tuple[tuple[int, str], ...] = ()
     sizes: Numbers = ()
+    pixels: bool = False
 
 
 @dataclass
@@ -125,9 +127,11 @@ def _through_layer(layer: Used, seen: Seen, found: Crossings) -> Seen:
         found.name(layer.number, "in", seen, size)
         if seen.order == DIVIDED:
             found.forget(seen.pending)
+        pixels = seen.pixels or seen.order in (IMAGE, LAST)
         if seen.order == IMAGE:
-            return Seen(MIXED, rank=seen.rank)
-        return Seen(PLAIN, layer.made, 2 if cls == "Gemm" else seen.rank, ((layer.number, "out"),))
+            return Seen(MIXED, rank=seen.rank, pixels=pixels)
+        rank = 2 if cls == "Gemm" else seen.rank
+        return Seen(PLAIN, layer.made, rank, ((layer.number, "out"),), pixels=pixels and seen.order != FLAT)
     if cls in ("Conv", "ConvTranspose"):
         _settle(seen, found)
         return Seen(IMAGE, layer.made, len(shape))
@@ -191,9 +195,10 @@ def _joining(scope: Scope, node: NodeProto, ins: Sequence[Seen], found: Crossing
     pending = tuple(dict.fromkeys(p for seen in ins for p in seen.pending))
     kinds = {(seen.order, seen.channels if seen.order in (IMAGE, LAST, FLAT, TURNED) else None) for seen in ins}
     if len(kinds) == 1:
-        return replace(ins[0], pending=pending)
+        joined = replace(ins[0], pending=pending, pixels=any(seen.pixels for seen in ins))
+        return _broadcast(scope, node, joined, found)
     if {order for order, _ in kinds} <= {PLAIN, MIXED}:
-        return Seen(MIXED, pending=pending)
+        return Seen(MIXED, pending=pending, pixels=any(seen.pixels for seen in ins))
     divided = [seen for seen in ins if seen.order == DIVIDED]
     if divided and any(seen.order == IMAGE for seen in ins) and len(kinds) == 2:
         for seen in divided:
@@ -205,12 +210,46 @@ def _joining(scope: Scope, node: NodeProto, ins: Sequence[Seen], found: Crossing
     return Seen(UNKNOWN)
 
 
+def _stored(scope: Scope, node: NodeProto) -> Iterator[Numbers]:
+    """The shapes of the stored tensors that a node takes beside what the model computes."""
+    for value in node.inputs:
+        stored = scope.constant(value)
+        if stored is not None:
+            yield stored.shape
+
+
+def _broadcast(scope: Scope, node: NodeProto, seen: Seen, found: Crossings) -> Seen:
+    """A value beside stored tensors: its channels, where it has one for all, become as many as theirs."""
+    for shape in _stored(scope, node):
+        if seen.order in (IMAGE, LAST) and seen.rank is not None and len(shape) <= seen.rank:
+            from_behind = seen.rank - 1 if seen.order == IMAGE else 1
+        elif seen.order in (PLAIN, FLAT, TURNED, MIXED, GIVEN) and len(shape) <= (seen.rank or len(shape)):
+            from_behind = 1
+        else:
+            found.forget(seen.pending)
+            return Seen(UNKNOWN)
+        theirs = shape[-from_behind] if len(shape) >= from_behind else 1
+        if theirs != 1 and seen.channels in (1, None) and seen.order in (IMAGE, LAST):
+            seen = replace(seen, channels=theirs)
+        elif theirs != 1 and seen.channels == 1 and seen.order in (PLAIN, MIXED):
+            found.forget(seen.pending)
+            seen = replace(seen, channels=theirs, pending=())
+    return seen
+
+
 def _concat(scope: Scope, node: NodeProto, ins: Sequence[Seen], found: Crossings) -> Seen:
     pending = tuple(dict.fromkeys(p for seen in ins for p in seen.pending))
-    if all(seen.order == IMAGE and seen.channels is not None for seen in ins) and node.attributes.get("axis") == 1:
-        return Seen(IMAGE, sum(seen.channels or 0 for seen in ins), ins[0].rank)
-    if all(seen.order in (PLAIN, MIXED) for seen in ins):
-        return Seen(PLAIN if all(seen.order == PLAIN for seen in ins) else MIXED, None, ins[0].rank)
+    stored, rank = list(_stored(scope, node)), ins[0].rank
+    along = node.attributes.get("axis")
+    if all(seen.order == IMAGE and seen.channels is not None for seen in ins) and rank and along in (1, 1 - rank):
+        if all(len(shape) == rank for shape in stored):
+            return Seen(IMAGE, sum(seen.channels or 0 for seen in ins) + sum(shape[1] or 0 for shape in stored), rank)
+    elif all(seen.order in (PLAIN, MIXED) for seen in ins):
+        pixels = any(seen.pixels for seen in ins)
+        if rank == 2:
+            # What becomes of them may become an image, of which each layer made some part.
+            return Seen(MIXED, None, 2, pending, pixels=pixels)
+        return Seen(PLAIN if all(seen.order == PLAIN for seen in ins) else MIXED, None, rank, pixels=pixels)
     found.forget(pending)
     return Seen(UNKNOWN)
 
@@ -253,6 +292,8 @@ def _joined_to_vector(scope: Scope, value: str, seen: Seen, found: Crossings) ->
             if sizes and sum(1 for n in sizes[1:] if n != 1) <= 1:
                 return Seen(PLAIN, None, 2)
             return Seen(JOINED, None, 2)
+        case "plain" | "mixed" if seen.pixels and seen.rank != 2:
+            return Seen(JOINED, None, 2)
         case "plain" | "mixed" | "flat" | "turned":
             return replace(seen, rank=2) if seen.rank == 2 else replace(seen, rank=2, pending=())
     return Seen(UNKNOWN)
@@ -279,7 +320,7 @@ def _reshape(scope: Scope, node: NodeProto, ins: Sequence[Seen], found: Crossing
         sizes = _divided_sizes(target, seen, whole)
         return Seen(DIVIDED, None, len(target), seen.pending, sizes) if sizes else _other(scope, node, ins, found)
     if seen.order in (PLAIN, MIXED):
-        return Seen(MIXED if len(target) > 2 else PLAIN, None, len(target), seen.pending)
+        return Seen(MIXED if len(target) > 2 else PLAIN, None, len(target), seen.pending, pixels=seen.pixels)
     return _other(scope, node, ins, found)
 
 
@@ -341,7 +382,7 @@ def _transpose(scope: Scope, node: NodeProto, ins: Sequence[Seen], found: Crossi
     if seen.order == GIVEN:
         return seen
     if seen.order in (PLAIN, MIXED):
-        return Seen(MIXED, None, rank or seen.rank, seen.pending)
+        return Seen(MIXED, None, rank or seen.rank, seen.pending, pixels=seen.pixels)
     return _other(scope, node, ins, found)
 
 
@@ -370,7 +411,7 @@ def _other(scope: Scope, node: NodeProto, ins: Sequence[Seen], found: Crossings)
     """Operators that are not followed: sequences stay what they are, images and vectors of images do not."""
     pending = tuple(dict.fromkeys(p for seen in ins for p in seen.pending))
     if all(seen.order in (PLAIN, MIXED) for seen in ins) and node.op_type in _OF_SEQUENCES:
-        return Seen(MIXED, pending=pending)
+        return Seen(MIXED, pending=pending, pixels=any(seen.pixels for seen in ins))
     found.forget(pending)
     return Seen(UNKNOWN)
 
