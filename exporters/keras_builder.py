@@ -143,7 +143,7 @@ class Builder:
         flow = self.ordered(flow)
         if flow.pending is not None:
             self.decisions.nature(flow.pending, "sequence")
-        return self.turn(flow, False) if flow.first else replace(flow, pending=None)
+        return replace(self.turn(flow, False), turned=True) if flow.first else replace(flow, pending=None)
 
     def ordered(self, flow: Flow) -> Flow:
         """The flow, refusing that a vector is in another order than in Keras."""
@@ -178,6 +178,10 @@ class Builder:
         if flow.opaque:
             self.undecided.add(path)
         if flow.opaque and flow.joined:
+            self.unsettled.add(path)
+        if flow.pixels and flow.shape is not None and flow.rank == 2:
+            # Whoever takes the dense layer for one of channels may put these in front again before the Flatten.
+            self.undecided.add(path)
             self.unsettled.add(path)
 
     def vector_layer(self, path: str, flow: Flow) -> Flow:

@@ -19,6 +19,7 @@ def dense(b: Builder, call: Call) -> list[Flow]:
         flow = b.as_is(flow)
         b.split(call.path, flow)
         result = Flow("", (*flow.dims[:-1], units), trail=frozenset({call.path}), masked=flow.masked)
+        result = replace(result, pixels=flow.turned or flow.pixels)
     else:
         order = 0 if key in b.decisions.denied else b.decisions.orders.get(key, 0)
         b.split(call.path, flow, **{"in": flow.channels, "out": order})
@@ -87,7 +88,7 @@ def einsum_dense(b: Builder, call: Call) -> list[Flow]:
     wanted = call.config.get("output_shape")
     sizes = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
     shape = _einsum_shape(given, output, flow.dims, sizes)
-    result = Flow("", shape, dtype=flow.dtype, masked=flow.masked)
+    result = Flow("", shape, dtype=flow.dtype, masked=flow.masked, pixels=flow.turned or flow.pixels)
     bias = str(call.config.get("bias_axes") or "")
     joined = _dense_like(given.replace("...", ""), kernel, output.replace("...", ""), bias)
     if joined is None:

@@ -33,9 +33,10 @@ class Flow:
     `first`: the graph has its channel axis in front of the spatial ones. `channels`: it is a vector that the graph has
     in (channel position) order where Keras has (position channel). `origins` are the Flatten and Dense calls that could
     give it another order; a `fixed` one has its order from elsewhere. `trail` names the layers whose own vectors share
-    this order. `pending` is the rank-3 model input or Reshape it is of, while nobody said whether that one is spatial. An `opaque`
-    one comes from a layer that was not understood. `odd`: its channel axis may not be the last one. `joined`: it is a
-    vector of joined axes, which another framework may have in another order.
+    this order. `pending` is the rank-3 model input or Reshape it is of, while nobody said whether that one is spatial. An
+    `opaque` one comes from a layer that was not understood. `turned`: the graph has an image in Keras' order, for a layer that
+    takes it so; `pixels`: a dense layer made such a one, or a vector is joined of its axes. `odd`: its channel axis may not be
+    the last one. `joined`: it is a vector of joined axes, which another framework may have in another order.
     """
 
     name: str
@@ -51,6 +52,8 @@ class Flow:
     opaque: bool = False
     odd: bool = False
     joined: bool = False
+    turned: bool = False
+    pixels: bool = False
     dtype: str = "float32"
 
     @property

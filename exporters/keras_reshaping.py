@@ -33,10 +33,15 @@ def flatten(b: Builder, call: Call) -> list[Flow]:
 
 def _to_vector(b: Builder, path: str, flow: Flow, op: str, attributes: dict[str, Attribute]) -> Flow:
     """A Flatten. The permutation of an image is left to the layers behind it, where they can take it."""
+    if flow.turned and not flow.first:
+        flow = b.turn(flow, True)
     positions, channels = known_product(flow.dims[1:-1]), flow.dims[-1]
     size = None if positions is None or channels is None else positions * channels
     key = f"flatten:{path}"
-    result = replace(vector(flow, size), joined=flow.joined or (flow.first and 1 not in (positions, channels)))
+    many = 1 not in (positions, channels)
+    result = replace(
+        vector(flow, size), joined=flow.joined or (flow.first and many), pixels=flow.pixels and not flow.first and many
+    )
     if flow.first and 1 not in (positions, channels):
         if key in b.decisions.denied or channels is None:
             flow = b.as_is(flow)

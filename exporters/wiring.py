@@ -41,12 +41,12 @@ def with_graph(model: NativeModel, described: Mapping[str, Any] | None, capture:
         # The description comes out of a file: settings may be missing, of any type, or contradict each other.
         note = printable(f"no graph: the model's description makes no sense ({type(error).__name__}: {error})", 200)
         return replace(model, notes=(*model.notes, note))
-    unsettled: frozenset[str] = frozenset()
+    orderless: frozenset[str] = frozenset()
     if graph is not None:
-        unsettled = frozenset(path for path in behind_moved_images(graph) if not splits.get(path))
+        orderless = frozenset(path for path in behind_moved_images(graph) if not splits.get(path))
         unusual = set(_beside_transposed_flatten(graph))
         splits = {path: axes for path, axes in splits.items() if axes or path not in unusual}
-    return replace(model, graph=graph, splits=splits, unsettled=unsettled, notes=(*model.notes, *notes))
+    return replace(model, graph=graph, splits=splits, orderless=orderless, notes=(*model.notes, *notes))
 
 
 def _contradictions(model: NativeModel) -> Iterator[str]:
@@ -83,6 +83,13 @@ def _readers(graph: Graph) -> dict[str, list[Node]]:
         for value in node.inputs:
             readers.setdefault(value, []).append(node)
     return readers
+
+
+def in_no_known_order(graph: Graph | None) -> frozenset[str]:
+    """The layers that take or make elements in an order that no number of channels describes."""
+    return (
+        frozenset() if graph is None else frozenset({*behind_moved_images(graph), *_beside_transposed_flatten(graph)})
+    )
 
 
 def behind_moved_images(graph: Graph | None) -> Iterator[str]:

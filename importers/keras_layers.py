@@ -168,7 +168,9 @@ def prelu(b: Builder, node: Node) -> list[KerasTensor]:
     elif len(slope.shape) == 1:
         shared = list(range(1, x.rank - 1)) or None
     else:
-        shared = [i + 1 for i, n in enumerate(slope.shape[1:]) if n == 1 and x.rank > 2 and x.shape[i + 2] != 1] or None
+        # Stored with channels in front, as the graph has them; Keras counts them as the last axis.
+        one = [i for i, n in enumerate(slope.shape) if n == 1 and x.rank > 2 and x.shape[i + 1] != 1]
+        shared = sorted(i or x.rank - 1 for i in one) or None
         if not shared and len(slope.shape) == x.rank - 1:
             x = b.pinned(x, [*slope.shape[1:], slope.shape[0]])
     made = b.weigh(node, ("PReLU", {"shared_axes": shared}), [x.json], changed(x))

@@ -388,8 +388,8 @@ def read_layers(
             for name in unmatched
         ),
     )
-    crossing = Crossing.of([_seen(item) for item in known], convention.flatten, model.unsettled)
-    told = Told(model.splits, flatten, certain, model.graph is not None)
+    crossing = Crossing.of([_seen(item) for item in known], convention.flatten, model.unsettled | model.orderless)
+    told = Told(model.splits, flatten, certain, model.graph is not None, model.unsettled)
     layers: list[tuple[Known, list[CanonicalLayer]]] = []
     for item in known:
         try:

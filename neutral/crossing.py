@@ -29,13 +29,15 @@ MAY_CROSS = {"dense": ("in", "out"), "batch_norm": ("feature",), "layer_norm": (
 class Told:
     """What is said of Flattens: by the model itself (`splits`; `certain` if it is no conclusion), and by the user.
 
-    `wired`: the model has a graph, which then left out of `splits` what lies in an order that no channels describe.
+    `wired`: the model has a graph, which then left out of `splits` what lies in an order that no channels describe; but for
+    those `open`, of which it leaves open in which order they are.
     """
 
     splits: Splits
     hints: Splits | None
     certain: bool = True
     wired: bool = False
+    open: frozenset[str] = frozenset()
 
     def of(self, path: str, native_path: str) -> Mapping[str, int] | None:
         """What anybody says of a layer; None if nobody does. An empty set of hints says that no layer crosses."""
@@ -159,7 +161,7 @@ def flattened(
         asked = (axis for axis, n in axes.items() if crossing.asks(native_path, kind, axis, n, told.hints))
         return {}, tuple(asked)
     channels = _divided(given, axes)
-    if told.wired and known is None and channels:
+    if told.wired and known is None and channels and native_path not in told.open:
         expected = "none: the graph gives its elements in an order that no number of channels describes"
         raise Refused(Problem("flatten", f"the hint {_said(channels)}", expected, "leave the hint out"))
     if told.certain and told.hints is not None and known is not None and channels != _divided(known, axes):

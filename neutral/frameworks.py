@@ -163,7 +163,8 @@ def writer_of(out: Path, to: str | None) -> Framework:
     """The framework that writes a file of this name: the one named, or the only one whose suffix it has."""
     suffix = suffix_of(out)
     if to is None:
-        fits = [f for some in FRAMEWORKS.in_turn() for f in some.values() if suffix and suffix in f.own_suffixes]
+        found_in = ([f for f in some.values() if suffix in f.own_suffixes] for some in FRAMEWORKS.in_turn())
+        fits = next((fits for fits in found_in if fits), []) if suffix else []
         if len(fits) == 1:
             return fits[0]
         if not fits and owners(suffix) not in ((), (ARCHIVE,)):

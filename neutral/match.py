@@ -76,8 +76,9 @@ def pair_layers(
 ) -> Pairing:
     """The one pairing of two models, or `Refused` with all that stands in its way.
 
-    `alike` says that both number their layers in the same way, so that equal numbers are equal names. `mapping` maps source paths to target paths. `allow_unused` and `allow_missing` are globs on the paths of source and
-    target layers that may stay without a partner.
+    `alike` says that both number their layers in the same way, so that equal numbers are equal names. `mapping` maps source
+    paths to target paths. `allow_unused` and `allow_missing` are globs on the paths of source and target layers that may stay
+    without a partner.
     """
     left = {layer.path: layer for layer in source.layers if layer.weights}
     right = {layer.path: layer for layer in target.layers if layer.weights}
@@ -295,21 +296,24 @@ def _by_structure(
 ) -> None:
     """Layers that only one partner can be of; then equal ones in the order of computation, if both sides have one.
 
-    That names have taken all other partners away proves nothing (`fc1 fc2` and `fc2 fc3`): then the order of all must agree.
+    That names have taken all other partners away proves nothing (`fc1 fc2` and `fc2 fc3`): then the order of all must agree, or
+    a map must have told which of them are which.
     """
     friends = {path: [other for other in right if not conflicts(layer, right[other])] for path, layer in left.items()}
     claims = {other: [path for path in friends if other in friends[path]] for other in right}
-    by_name = {path: pair.target for path, pair in pairs.items() if pair.why.startswith("name")}
+    known = dict(pairs)
 
     def take(paths: Sequence[str], others: Sequence[str], why: str) -> None:
-        named = {
-            path: other
-            for path, other in by_name.items()
-            if not conflicts(whole[0][path], whole[1][others[0]]) and not conflicts(whole[0][paths[0]], whole[1][other])
-        }
-        together = {**dict(zip(paths, others, strict=True)), **named}
-        if not named or _agree(source, target, together):
-            pairs.update({path: Pair(path, other, why) for path, other in zip(paths, others, strict=True)})
+        alike = [
+            pair
+            for pair in known.values()
+            if not conflicts(whole[0][pair.source], whole[1][others[0]])
+            and not conflicts(whole[0][paths[0]], whole[1][pair.target])
+        ]
+        found = {path: Pair(path, other, why) for path, other in zip(paths, others, strict=True)}
+        told = any(pair.why == "map" for pair in alike)
+        if not alike or told or _agree(source, target, [*found.values(), *alike]):
+            pairs.update(found)
 
     for path, found in friends.items():
         if len(found) == 1 and len(claims[found[0]]) == 1:
@@ -328,11 +332,12 @@ def _by_structure(
     _remove(left, right, pairs)
 
 
-def _agree(source: Side, target: Side, pairs: Mapping[str, str]) -> bool:
-    """Whether both sides compute these layers one after the other, in the same order."""
-    ours = [layer.path for layer in source.layers if layer.path in pairs]
-    theirs = [layer.path for layer in target.layers if layer.path in pairs.values()]
-    return [pairs[path] for path in ours] == theirs and _in_order(source, ours) and _in_order(target, theirs)
+def _agree(source: Side, target: Side, pairs: Sequence[Pair]) -> bool:
+    """Whether both sides compute the layers of these pairs one after the other, in the same order."""
+    goes = {pair.source: pair.target for pair in pairs}
+    ours = [layer.path for layer in source.layers if layer.path in goes]
+    theirs = [layer.path for layer in target.layers if layer.path in goes.values()]
+    return [goes[path] for path in ours] == theirs and _in_order(source, ours) and _in_order(target, theirs)
 
 
 def _in_order(side: Side, paths: Sequence[str]) -> bool:
@@ -484,6 +489,11 @@ def differing_settings(
         if source.attributes.get(name) is None and target.attributes.get(name) is not None:
             remarks.append(
                 f"{where}: the source does not say {name}; taken to be {target.attributes[name]}, as in the template"
+            )
+    for name in () if wired_alike else _UNSAID.get(source.kind, ()):
+        if source.attributes.get(name) is not None and target.attributes.get(name) is None:
+            remarks.append(
+                f"{where}: the template does not say {name}; the other model must have {source.attributes[name]}, as the source"
             )
     found, doubt = _differing_groups(source, target, where, wired_alike, advice or {})
     problems, remarks = problems + found, remarks + doubt

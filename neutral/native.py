@@ -472,7 +472,8 @@ class NativeModel:
     `graph` is how the layers are wired, where the file says it. `splits` tells which axes of which layers cross a
     Flatten or Reshape, and with how many channels: {"fc1": {"in": 16}}; a dense layer or norm that is named there with
     nothing ({"fc2": {}}) is known to cross none, one that is not named is undecided. `unsettled` names layers of which
-    the file says that their axis joins others, but not in which order.
+    the file says that their axis joins others, but not in which order; `orderless` those of which the graph says an order
+    that is none of channels and positions.
     `layers` is in the file's own order; `ordered` is true when that order is the order of computation (a graph, a
     Sequential) and not merely of definition. `collections` holds weight sets beside the one read (optimizer, EMA):
     name -> tensors. `metadata` is what the writer of the same format needs to give the file back as it was.
@@ -490,6 +491,7 @@ class NativeModel:
     notes: tuple[str, ...] = ()
     close: Callable[[], None] = field(default=lambda: None, compare=False)
     unsettled: frozenset[str] = frozenset()
+    orderless: frozenset[str] = frozenset()
 
     def tensors(self) -> Iterator[NativeTensor]:
         """Every tensor of every layer, in order."""

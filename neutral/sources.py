@@ -18,6 +18,7 @@ from neutral.containers.files import leads_outside
 from neutral.conventions.forms import Convention
 from neutral.conventions.hints import kind_hint
 from neutral.errors import BadFile, Problem, Refused, WrongUsage, an, raise_all
+from neutral.exporters.wiring import in_no_known_order
 from neutral.framework import Framework
 from neutral.frameworks import ARCHIVE, FRAMEWORKS
 from neutral.native import NativeModel
@@ -227,7 +228,8 @@ def _hinted(
     native = native_again(contents, framework)
     splits = {layer.path: dict(layer.channels) for layer in contents.layers if not layer.undecided}
     unsettled = frozenset(layer.path for layer in contents.layers if layer.undecided)
-    native = replace(native, splits=splits, unsettled=unsettled)
+    moved = unsettled & in_no_known_order(contents.graph)
+    native = replace(native, splits=splits, unsettled=unsettled - moved, orderless=moved)
     layers = tuple(
         layer
         for _, found in read_layers(

@@ -95,3 +95,57 @@ def test_a_sequence_has_one_order_everywhere(layers: tuple[Any, ...], tmp_path: 
     weights = torch.load(tmp_path / "out.pt", weights_only=False)
     kernel = next(w for name, w in weights.items() if name.endswith("fc.weight"))
     assert report.layers and np.array_equal(kernel.numpy().T, model.layers[-1].get_weights()[0])
+
+
+class LastAxis(nn.Module):
+    """A convolution, a layer on channels that are put last for it and first again behind it, a Flatten."""
+
+    def __init__(self, inner: nn.Module, features: int) -> None:
+        super().__init__()
+        self.conv, self.inner, self.fc = nn.Conv2d(3, 6, 1), inner, nn.Linear(features * 20, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        out: torch.Tensor = self.fc(x.relu().flatten(1))
+        return out
+
+
+def image_model(folder: Path, inner: Any) -> tuple[Any, Path]:
+    return saved(folder, (4, 5, 3), L.Conv2D(6, 1, name="conv"), inner, L.ReLU(), L.Flatten())
+
+
+def test_a_norm_of_an_images_channels_leaves_it_an_image(tmp_path: Path) -> None:
+    model, a = image_model(tmp_path, L.LayerNormalization(epsilon=1e-5, name="inner"))
+    module = LastAxis(nn.LayerNorm(6), 6).eval()
+    torch.save(module.state_dict(), tmp_path / "t.pt")
+    report = neutral.convert(a, tmp_path / "out.pt", into=tmp_path / "t.pt")
+    assert any("eps" in warning for warning in report.warnings)
+    module.load_state_dict(torch.load(tmp_path / "out.pt"))
+    x = m.random(2, 3, 4, 5)
+    m.assert_close(m.run_torch(module, x), m.run_keras(model, m.channels_last(x)), 1e-5)
+    neutral.convert(a, tmp_path / "a.onnx")
+    assert neutral.digest(tmp_path / "a.onnx") == neutral.digest(a)
+
+
+def test_a_dense_layer_on_an_image_leaves_the_order_behind_it_open(tmp_path: Path) -> None:
+    model, a = image_model(tmp_path, L.Dense(5, name="inner"))
+    module = LastAxis(nn.Linear(6, 5), 5).eval()
+    torch.save(module.state_dict(), tmp_path / "t.pt")
+    with pytest.raises(neutral.NeutralError, match=r"fc: found in of 100.*--flatten"):
+        neutral.convert(a, tmp_path / "out.pt", into=tmp_path / "t.pt")
+    neutral.convert(a, tmp_path / "out.pt", into=tmp_path / "t.pt", flatten={"fc": "5"})
+    module.load_state_dict(torch.load(tmp_path / "out.pt"))
+    x = m.random(2, 3, 4, 5)
+    m.assert_close(m.run_torch(module, x), m.run_keras(model, m.channels_last(x)), 1e-5)
+    neutral.convert(a, tmp_path / "a.onnx")
+    assert neutral.diff(tmp_path / "a.onnx", a).same
+
+
+@pytest.mark.parametrize("axes", [[2, 3], [3], [1, 3], [2], None], ids=str)
+def test_slopes_that_share_axes_stay_so(axes: list[int] | None, tmp_path: Path) -> None:
+    model, a = saved(tmp_path, (4, 5, 3), L.Conv2D(3, 1), L.PReLU(shared_axes=axes), L.GlobalAveragePooling2D())
+    neutral.convert(a, tmp_path / "web", to="tfjs")
+    neutral.convert(tmp_path / "web", tmp_path / "b.keras")
+    again = keras.models.load_model(tmp_path / "b.keras", compile=False)
+    x = m.random(2, 4, 5, 3)
+    m.assert_close(m.run_keras(again, x), m.run_keras(model, x))
