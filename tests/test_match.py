@@ -226,3 +226,11 @@ def test_a_setting_that_only_the_template_says_is_reported_across_frameworks(ali
     problems, remarks = differing_settings(layer("a", "attention", {}), layer("a", "attention", {"heads": 3}), alike)
     assert not problems
     assert remarks == ([] if alike else ["a: the source does not say heads; taken to be 3, as in the template"])
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_setting_that_only_the_source_says_is_reported_across_frameworks(alike: bool) -> None:
+    problems, remarks = differing_settings(layer("a", "group_norm", {"groups": 2}), layer("a", "group_norm", {}), alike)
+    assert not problems
+    told = "a: the template does not say groups; the other model must have 2, as the source"
+    assert remarks == ([] if alike else [told])

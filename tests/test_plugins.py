@@ -164,6 +164,9 @@ def test_a_package_that_does_not_load_is_named(neutral: Neutral, tmp_path: Path)
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n", "utf-8")
     done = neutral("formats")
     assert done.returncode == 2 and "broken" in done.stderr and done.stderr.count("\n") == 1
+    np.savez(tmp_path / "x.npz", a=np.ones(3))
+    done = neutral("convert", "x.npz", "y.npz")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
