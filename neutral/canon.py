@@ -671,11 +671,12 @@ def _write_part(
 def _why_not(layer: CanonicalLayer, data: Tensor) -> str:
     if layer.kind == "prelu" and len(data.shape) > 1:
         return "a slope per position has no form there: retrain with shared axes"
+    alike = "check that both models have the same layers and sizes"
     if layer.kind == "layer_norm":
         sizes = ",".join(map(str, data.shape)) if len(data.shape) > 1 else "A,B"
         told = f"'{layer.path}=layer_norm(normalized_shape=[{sizes}])'"
-        return f"where a file has all its axes as one, say them with --kind or --into-kind: {told}"
-    return "check that both models have the same layers and sizes"
+        return f"{alike}, or, where a file has all its axes as one, say them with --kind or --into-kind: {told}"
+    return alike
 
 
 def _reparametrized(

@@ -44,7 +44,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Unnamed:
-    """Files that name no weights: what their tensors are called here, and what helps instead of a file as a source or a template."""
+    """Files that name no weights: what their tensors are called here, what helps instead of a file as a source or template."""
 
     tensor: str
     source: str
@@ -72,8 +72,8 @@ class Framework:
     between the levels of a new tensor's name. `also` lists frameworks whose suffixes mean theirs when this one is named. A
     `canonical` one stores canonical tensors as they are; files of one with `classes` name each layer's class; one that
     loads `by_place` finds a weight by the place of its layer; `unnamed` says of one whose files name no weights what to do
-    with these; in trees of one that keeps layers `by_name` they stand in the
-    order of their names, which tells nothing of the order of computation.
+    with these; in trees of one that keeps layers `by_name` they stand in the order of their names, which tells nothing of the
+    order of computation.
     """
 
     name: str

@@ -38,14 +38,13 @@ def template_format(template: Path, to: str | None = None) -> tuple[Framework, F
     try:
         name, found = frameworks.detect(template)
     except Refused:
-        fits = (
-            [form for form in frameworks.framework(to).formats.values() if suffix_of(template) in form.suffixes]
-            if to
-            else []
-        )
-        if to is None or not fits:
+        if to is None:
             raise
-        return frameworks.framework(to), fits[0]
+        wanted, suffix = frameworks.framework(to), suffix_of(template)
+        fits = next((form for form in wanted.formats.values() if suffix in form.suffixes), None)
+        if fits is None:
+            raise
+        return wanted, fits
     if name == ARCHIVE:
         raise WrongUsage(
             Problem(str(template), "an archive as the template", "a framework's own file", "name a model to be filled")

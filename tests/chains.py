@@ -209,8 +209,9 @@ def random_models(count: int, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
     found: dict[str, None] = {}
     while len(found) < count:
-        found["+".join(["", *rng.sample(PARTS, rng.randint(1, 3))])[1:]] = None
-    return [name if "+" in name else f"{name}+dense" for name in found]
+        parts = rng.sample(PARTS, rng.randint(1, 3))
+        found["+".join(parts if len(parts) > 1 else [*parts, "dense"])] = None
+    return list(found)
 
 
 def walks(name: str, count: int, workers: Mapping[str, Worker], folder: Path) -> Walked:

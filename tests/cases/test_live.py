@@ -187,3 +187,20 @@ def test_a_live_model_is_no_place_for_an_output(tmp_path: Path) -> None:
         neutral.import_model(neutral.export_model(module), into=module, out=tmp_path / "x.pt")
     with pytest.raises(WrongUsage, match=r"a keras\.Model or a dict"):
         neutral.export_model(3)
+
+
+def test_a_model_that_does_not_describe_itself_has_weights_but_no_graph() -> None:
+    class Own(keras.Model):
+        def __init__(self, units: int) -> None:
+            super().__init__()
+            self.fc = keras.layers.Dense(units, name="fc")
+
+        def call(self, x: Any) -> Any:
+            return self.fc(x)
+
+    model = Own(3)
+    model(np.ones((1, 2), np.float32))
+    with neutral.export_model(model) as archive:
+        assert archive.manifest.graph is None
+        assert any("no graph: the model does not describe itself" in note for note in archive.manifest.notes)
+        np.testing.assert_array_equal(archive.tensor("fc/kernel").read(), model.fc.kernel.numpy().T)
